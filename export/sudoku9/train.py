@@ -1,0 +1,393 @@
+"""Train the sudoku9 reference model: a small HRM that solves 9x9 sudoku in refinement steps.
+
+    python export/sudoku9/generate.py --out DATA --train 300000 --calibration 4000 --test 2000 --seed 0
+    python export/sudoku9/train.py --data DATA --run RUN            # resumes from RUN when it holds a state
+
+Every optimiser step is one ACT step of a batch in which each slot carries its own puzzle: a slot that halts takes the
+next puzzle (arXiv 2506.21734, section 2, "deep supervision"; the original training loop). Gradients flow through the
+last H cycle of that step. The target of q_continue is the next step's own Q value, taken one optimiser step later, so
+that no extra forward pass is needed. RUN gets state.pt (to resume), log.csv and, at the end, model/ (recipe.yaml and
+checkpoint.safetensors).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from sage_edge.export.hrm import HRM
+from sage_edge.specs import HRMConfig
+
+CONFIG = HRMConfig(
+    vocab_size=11,  # 0 pad, 1 blank, 2..10 digits 1..9, as in the original sudoku data
+    seq_len=81,
+    hidden_size=128,
+    num_heads=4,
+    expansion=4.0,
+    H_layers=2,
+    L_layers=2,
+    H_cycles=2,
+    L_cycles=2,
+    halt_max_steps=8,
+    puzzle_emb_ndim=128,
+    pos_encodings="learned",
+)
+
+Batch = tuple[Tensor, Tensor]  # tokens int32 [slots, 81], labels int64 [slots, 81]
+
+
+def load_generator() -> ModuleType:
+    """The generator beside this file (export/ holds artefacts and is not a package)."""
+    spec = importlib.util.spec_from_file_location("sudoku9_generate", Path(__file__).with_name("generate.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Puzzles:
+    """Endless shuffled stream of puzzles under random symmetries, hard ones drawn more often as `focus` rises."""
+
+    def __init__(self, path: Path, seed: int, validation: int = 512) -> None:
+        data = np.load(path)
+        self.generate = load_generator()
+        self.rng = np.random.default_rng(seed)
+        self.puzzle, self.solution, self.holes = data["puzzle"], data["solution"], data["holes"]
+        held_out = np.flatnonzero(self.holes >= 30)[-validation:]
+        self.validation = (to_tokens(self.puzzle[held_out]), to_tokens(self.solution[held_out]).long())
+        self.rows = np.setdiff1d(np.arange(len(self.puzzle)), held_out)
+        # Puzzles of 24-32 holes are solved early in training and teach little after that.
+        weight = np.interp(self.holes[self.rows].astype(np.float64), [24, 34, 50], [0.25, 1.0, 2.0])
+        self.probability = np.cumsum(weight / weight.sum())
+
+    def draw(self, count: int) -> Batch:
+        index = np.minimum(np.searchsorted(self.probability, self.rng.random(count)), len(self.rows) - 1)
+        rows = self.rows[index]
+        puzzle, solution = self.generate.symmetries(self.puzzle[rows], self.solution[rows], self.rng)
+        return to_tokens(puzzle), to_tokens(solution).long()
+
+
+def to_tokens(grid: npt.NDArray[np.uint8]) -> Tensor:
+    """uint8 [N, 81] with 0 = blank to int32 tokens 1..10."""
+    return torch.from_numpy(grid.astype(np.int32) + 1)
+
+
+def initial_positions(config: HRMConfig) -> Tensor:
+    """Row + column + box vectors [1 + 81, hidden], so that the three kinds of unit are visible from the first step."""
+
+    def table() -> Tensor:
+        return torch.randn(9, config.hidden_size)
+
+    row, column, box = table(), table(), table()
+    cell = torch.arange(81)
+    r, c = cell // 9, cell % 9
+    grid = (row[r] + column[c] + box[r // 3 * 3 + c // 3]) / (3 * config.hidden_size) ** 0.5
+    return torch.cat((torch.zeros(config.prefix, config.hidden_size), grid))
+
+
+class Ema:
+    """Exponential moving average of all parameters."""
+
+    def __init__(self, model: HRM, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: HRM, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in model.named_parameters():
+            self.shadow[name].lerp_(p, 1 - decay)
+
+
+@dataclasses.dataclass
+class Carry:
+    """What each slot keeps between optimiser steps."""
+
+    tokens: Tensor
+    labels: Tensor
+    z_H: Tensor
+    z_L: Tensor
+    steps: Tensor
+    halted: Tensor
+
+
+class Trainer:
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        self.args = args
+        self.device = torch.device(args.device)
+        self.config = dataclasses.replace(
+            CONFIG, hidden_size=args.hidden, num_heads=args.heads, puzzle_emb_ndim=args.hidden
+        )
+        self.model = HRM(self.config)
+        with torch.no_grad():
+            self.model.embed_pos.embedding_weight.copy_(initial_positions(self.config))
+        self.model.to(self.device)
+        self.data = Puzzles(args.data / "train.npz", args.seed)
+        matrices = [p for n, p in self.model.named_parameters() if "_level." in n]
+        others = [p for n, p in self.model.named_parameters() if "_level." not in n]
+        # Muon orthogonalises the update of each hidden matrix; embeddings and heads stay with AdamW.
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+        self.ema = Ema(self.model, 0.999)
+        self.step = 0
+        self.seconds = 0.0
+        self.carry = self._fresh_carry()
+        self.first_cycles = self._compile(self._first_cycles)
+        self.last_cycle = self._compile(self._last_cycle)
+
+    def _compile(self, function: Any) -> Any:
+        return torch.compile(function) if self.args.compile else function
+
+    def _fresh_carry(self) -> Carry:
+        n, c = self.args.batch, self.config
+        state = torch.zeros(n, c.positions, c.hidden_size, device=self.device)
+        tokens = torch.ones(n, c.seq_len, dtype=torch.int32, device=self.device)
+        return Carry(
+            tokens, tokens.long(), state, state.clone(),
+            torch.zeros(n, dtype=torch.int32, device=self.device),
+            torch.ones(n, dtype=torch.bool, device=self.device),
+        )  # fmt: skip
+
+    def _first_cycles(self, tokens: Tensor, z_H: Tensor, z_L: Tensor) -> tuple[Tensor, Tensor]:
+        context = self.model.embed(tokens, torch.zeros_like(tokens[:, 0]))
+        for _ in range(self.config.H_cycles - 1):
+            z_H, z_L = self.model.cycle(context, z_H, z_L)
+        return z_H, z_L
+
+    def _last_cycle(
+        self, tokens: Tensor, labels: Tensor, z_H: Tensor, z_L: Tensor, previous: Tensor, steps: Tensor
+    ) -> tuple[Tensor, ...]:
+        context = self.model.embed(tokens, torch.zeros_like(tokens[:, 0]))
+        z_H, z_L = self.model.cycle(context, z_H, z_L)
+        logits = self.model.logits(z_H)
+        cross_entropy = F.cross_entropy(logits.reshape(-1, self.config.vocab_size), labels.reshape(-1))
+        right = logits.argmax(-1) == labels
+        exact = right.all(-1)
+        q = self.model.q_head(z_H[:, 0])
+        halt_loss = F.binary_cross_entropy_with_logits(q[:, 0], exact.float())
+        # The step before this one asked "what is continuing worth?": this step's Q values are the answer.
+        with torch.no_grad():
+            best = torch.where(steps >= self.config.halt_max_steps, q[:, 0], q.amax(-1))
+            target = torch.sigmoid(best)
+        continued = (steps > 1).float()
+        continue_loss = F.binary_cross_entropy_with_logits(
+            self.model.q_head(previous)[:, 1], target, weight=continued, reduction="sum"
+        ) / continued.sum().clamp_min(1)
+        loss = cross_entropy + 0.5 * halt_loss + 0.5 * continue_loss
+        return loss, cross_entropy.detach(), z_H.detach(), z_L.detach(), q.detach(), right.detach(), exact
+
+    def train_step(self) -> dict[str, float]:
+        carry, model, config = self.carry, self.model, self.config
+        fresh = carry.halted
+        if count := int(fresh.sum()):
+            tokens, labels = self.data.draw(count)
+            carry.tokens[fresh], carry.labels[fresh] = tokens.to(self.device), labels.to(self.device)
+            carry.z_H[fresh], carry.z_L[fresh] = model.H_init, model.L_init
+            carry.steps[fresh] = 0
+        carry.steps += 1
+        previous, z_H, z_L = carry.z_H[:, 0].clone(), carry.z_H, carry.z_L
+        if self.step >= self.args.single_cycle_until:
+            with torch.no_grad():
+                z_H, z_L = self.first_cycles(carry.tokens, z_H, z_L)
+        loss, ce, z_H, z_L, q, right, exact = self.last_cycle(
+            carry.tokens, carry.labels, z_H, z_L, previous, carry.steps
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.ema.update(model, self.step)
+        explore = torch.rand(self.args.batch, device=self.device) < 0.1
+        minimum = torch.randint(2, config.halt_max_steps + 1, (self.args.batch,), device=self.device) * explore
+        wants = (q[:, 0] > q[:, 1]) & (carry.steps >= minimum)
+        carry.z_H, carry.z_L = z_H.clone(), z_L.clone()
+        carry.halted = wants | (carry.steps >= config.halt_max_steps)
+        done = max(1, int(carry.halted.sum()))
+        return {
+            "loss": float(loss.detach()), "cross_entropy": float(ce), "token_accuracy": float(right.float().mean()),
+            "exact_at_halt": float((exact & carry.halted).sum()) / done,
+            "steps_at_halt": float((carry.steps * carry.halted).sum()) / done,
+        }  # fmt: skip
+
+    def learning_rate(self) -> float:
+        """Warm up over 200 steps, hold, then fall linearly to 2 % over the last part of the run."""
+        args = self.args
+        falling = (args.steps - self.step) / max(1.0, args.decay * args.steps)
+        return float(args.lr * min(1.0, (self.step + 1) / 200) * min(1.0, max(falling, 0.02)))
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float, float]:
+        """Validation (exact at full steps, exact by the learned rule, its mean steps) with the averaged weights."""
+        model = HRM(self.config).to(self.device)
+        model.load_state_dict(self.model.state_dict())
+        model.load_state_dict(self.ema.shadow, strict=False)
+        tokens, labels = (t.to(self.device) for t in self.data.validation)
+        context, z_H, z_L = model.encode(tokens, torch.zeros_like(tokens[:, 0]))
+        halted = torch.zeros(len(tokens), dtype=torch.bool, device=self.device)
+        exact_halted, steps = halted.clone(), torch.zeros(len(tokens), device=self.device)
+        exact = halted
+        for step in range(1, self.config.halt_max_steps + 1):
+            z_H, z_L, q = model.step(context, z_H, z_L)
+            exact = (model.logits(z_H).argmax(-1) == labels).all(-1)
+            stops = ~halted & ((q[:, 0] > q[:, 1]) | (step == self.config.halt_max_steps))
+            exact_halted, steps = torch.where(stops, exact, exact_halted), torch.where(stops, step, steps)
+            halted = halted | stops
+        return float(exact.float().mean()), float(exact_halted.float().mean()), float(steps.mean())
+
+    def save(self, path: Path) -> None:
+        state = {
+            "model": self.model.state_dict(), "ema": self.ema.shadow, "step": self.step, "seconds": self.seconds,
+            "optimizers": [o.state_dict() for o in self.optimizers], "carry": dataclasses.asdict(self.carry),
+            "torch_rng": torch.get_rng_state(), "numpy_rng": self.data.rng.bit_generator.state,
+        }  # fmt: skip
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of a model folder or an original checkpoint of the same architecture."""
+        from sage_edge.export.checkpoint import open_model
+
+        recipe, model = open_model(folder)
+        if recipe.config != self.config:
+            raise SystemExit(f"{folder}: its architecture is {recipe.config}, this run trains {self.config}")
+        self.model.load_state_dict(model.state_dict())
+        self.ema = Ema(self.model, self.ema.decay)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema.shadow = state["ema"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.carry = Carry(**state["carry"])
+        torch.set_rng_state(state["torch_rng"].cpu())
+        self.data.rng.bit_generator.state = state["numpy_rng"]
+
+    def finish(self, run: Path, source: str) -> None:
+        """Write the averaged weights as a model folder, and the learning curve."""
+        from sage_edge.export.model_folder import save_model_folder
+
+        weights = self.model.state_dict() | self.ema.shadow
+        save_model_folder(run / "model", weights, name="sudoku9", config=self.config, source=source)
+        plot(run / "log.csv", run / "learning-curve.png")
+
+
+def plot(log: Path, image: Path) -> None:
+    """Learning curve of a log.csv: validation accuracy and cross-entropy against the optimiser step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with log.open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+
+    def column(name: str) -> tuple[list[int], list[float]]:
+        known = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
+        return [step for step, _ in known], [value for _, value in known]
+
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6))
+    for name, label in (("val_exact_full", "full steps"), ("val_exact_learned", "learned rule")):
+        above.plot(*column(name), marker="o", markersize=3, label=label)
+    above.set_ylabel("exact, validation")
+    above.legend()
+    below.plot(*column("cross_entropy"), linewidth=0.8)
+    below.set_ylabel("cross-entropy, training")
+    below.set_xlabel("optimiser step")
+    figure.tight_layout()
+    figure.savefig(image, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder written by generate.py")
+    parser.add_argument("--run", type=Path, required=True, help="folder for the state, the log and the model")
+    parser.add_argument("--init", type=Path, help="start from these weights: a model folder or an original checkpoint")
+    parser.add_argument("--steps", type=int, default=8000, help="optimiser steps in all")
+    parser.add_argument("--decay", type=float, default=0.35, help="last fraction of the run with falling learning rate")
+    parser.add_argument("--single-cycle-until", type=int, default=4000, help="train with one H cycle up to this step")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--log-every", type=int, default=20)
+    parser.add_argument("--eval-every", type=int, default=500)
+    args = parser.parse_args()
+    args.run.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    trainer = Trainer(args)
+    state, log = args.run / "state.pt", args.run / "log.csv"
+    if state.exists():
+        trainer.load(state)
+        console.print(f"resumed {state} at step {trainer.step}")
+    elif args.init:
+        trainer.start_from(args.init)
+        console.print(
+            f"started from {args.init}: exact at full steps, by the learned rule, its steps: {trainer.evaluate()}"
+        )
+    fields = ["step", "seconds", "lr", "loss", "cross_entropy", "token_accuracy", "exact_at_halt", "steps_at_halt",
+              "val_exact_full", "val_exact_learned", "val_steps"]  # fmt: skip
+    new = not log.exists()
+    with log.open("a", newline="") as handle:
+        writer = csv.DictWriter(handle, fields)
+        if new:
+            writer.writeheader()
+        mean: dict[str, list[float]] = {}
+        while trainer.step < args.steps:
+            began = time.perf_counter()
+            for name, value in trainer.train_step().items():
+                mean.setdefault(name, []).append(value)
+            trainer.seconds += time.perf_counter() - began
+            evaluates = trainer.step % args.eval_every == 0 or trainer.step == args.steps
+            if trainer.step % args.log_every == 0 or evaluates:
+                row: dict[str, Any] = {name: round(float(np.mean(v)), 5) for name, v in mean.items()}
+                row |= {
+                    "step": trainer.step,
+                    "seconds": round(trainer.seconds),
+                    "lr": round(trainer.learning_rate(), 7),
+                }
+                if evaluates:
+                    scores = (round(s, 4) for s in trainer.evaluate())
+                    row |= dict(zip(fields[-3:], scores, strict=True))
+                writer.writerow(row)
+                handle.flush()
+                mean.clear()
+                if evaluates:
+                    trainer.save(state)
+                console.print({k: row[k] for k in fields if k in row}, highlight=False)
+    begun = f"started from {args.init}, " if args.init else ""
+    trainer.finish(args.run, f"export/sudoku9/train.py: {begun}{trainer.step} steps of batch {args.batch}")
+    console.print(f"wrote {args.run / 'model'} after {trainer.seconds / 3600:.2f} hours of training")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Benchmarks: everything compared within one run, interleaved, with medians and spread."""

@@ -1,0 +1,136 @@
+"""The graph bundle: a folder with encode, refine and decode as ONNX, and bundle.yaml that describes them.
+
+bundle.yaml     tensor specs, signals, digests of every file, provenance (this module's `Bundle`)
+encode.onnx     observation -> context, carry
+refine.onnx     context, carry -> carry', signals
+decode.onnx     carry -> prediction
+reference.npz   a few observations and what the fp32 torch model made of them at every step (see `check`)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sage_edge.config import dump_yaml, load_yaml
+from sage_edge.errors import InputError, IntegrityError
+from sage_edge.files import sha256
+from sage_edge.specs import ModelSpec, TensorSpec
+
+FORMAT = "sage-edge-bundle/1"
+BUNDLE_FILE = "bundle.yaml"
+REFERENCE_FILE = "reference.npz"
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph: its inputs and outputs in order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Graphs:
+    encode: GraphSpec
+    refine: GraphSpec
+    decode: GraphSpec
+
+
+GRAPH_NAMES: tuple[Literal["encode", "refine", "decode"], ...] = ("encode", "refine", "decode")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the bundle comes from: digest of the checkpoint, what it was imported from, versions of the exporters."""
+
+    checkpoint_sha256: str
+    source: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The content of bundle.yaml. Raises ValueError, naming the graph, when the graphs do not fit together."""
+
+    format: Literal["sage-edge-bundle/1"]
+    name: str
+    precision: Literal["fp32"]
+    parameters: int
+    max_steps: int
+    signals: tuple[str, ...]
+    graphs: Graphs
+    files: dict[str, str]
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps: expected at least 1, found {self.max_steps}")
+        for name in (*(f"{g}.onnx" for g in GRAPH_NAMES), REFERENCE_FILE):
+            if name not in self.files:
+                raise ValueError(f"files: {name} is missing; expected its SHA-256")
+        refine, decode, encode = self.graphs.refine, self.graphs.decode, self.graphs.encode
+        if len(refine.outputs) < 2 or refine.outputs[-1].name != "signals":
+            raise ValueError("graphs.refine: the outputs must be the new carry and, last, `signals`")
+        if refine.outputs[-1].item_shape != (len(self.signals),):
+            raise ValueError(
+                f"graphs.refine: `signals` must have {len(self.signals)} columns, one for each signal name"
+            )
+        if [t.name for t in encode.outputs] != [t.name for t in refine.inputs]:
+            raise ValueError("graphs.refine: the inputs must be what encode puts out: context, then carry")
+        carry = self.model.carry
+        for old, new in zip(carry, refine.outputs[:-1], strict=True):
+            if (old.dtype, old.shape) != (new.dtype, new.shape):
+                raise ValueError(f"graphs.refine: {new.name!r} must have the dtype and shape of {old.name!r}")
+        if missing := sorted({t.name for t in decode.inputs} - {t.name for t in carry}):
+            raise ValueError(f"graphs.decode: input {missing[0]!r} is not part of the carry")
+        if "prediction" not in {t.name for t in decode.outputs}:
+            raise ValueError("graphs.decode: no output is called `prediction`")
+
+    @property
+    def model(self) -> ModelSpec:
+        """The contract of the model, derived from the graphs: the carry is what refine puts out before `signals`."""
+        graphs = self.graphs
+        carried = len(graphs.refine.outputs) - 1
+        return ModelSpec(
+            observation=graphs.encode.inputs,
+            context=graphs.encode.outputs[:-carried],
+            carry=graphs.encode.outputs[-carried:],
+            prediction=graphs.decode.outputs,
+            signals=self.signals,
+            max_steps=self.max_steps,
+        )
+
+    def graph(self, name: Literal["encode", "refine", "decode"]) -> GraphSpec:
+        return {"encode": self.graphs.encode, "refine": self.graphs.refine, "decode": self.graphs.decode}[name]
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read bundle.yaml and compare every file with its digest.
+
+    Raises InputError for a folder that is no bundle or a bad bundle.yaml, IntegrityError for a missing or changed file.
+    """
+    path = folder / BUNDLE_FILE
+    if not path.is_file():
+        raise InputError(f"{folder}: not a bundle (no {BUNDLE_FILE}); `sage-edge export FOLDER -o BUNDLE` makes one")
+    bundle = load_yaml(path, Bundle)
+    verify_files(folder, bundle.files, path)
+    return bundle
+
+
+def save_bundle(folder: Path, bundle: Bundle) -> None:
+    """Write bundle.yaml into a folder that already holds the files."""
+    (folder / BUNDLE_FILE).write_text(dump_yaml(bundle), encoding="utf-8")
+
+
+def verify_files(folder: Path, files: dict[str, str], manifest: Path) -> None:
+    """Raise IntegrityError unless every file of `files` (name to hex SHA-256) lies in `folder` unchanged."""
+    for name, digest in files.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise IntegrityError(f"{manifest}: files: {name!r} must be a plain file name inside the folder")
+        if not path.is_file():
+            raise IntegrityError(f"{path}: missing, though {manifest.name} lists it; make the folder again")
+        if sha256(path) != digest:
+            raise IntegrityError(f"{path}: changed since {manifest.name} was written (SHA-256 differs); not loaded")

@@ -1,0 +1,127 @@
+"""`sage-edge bench`: one command, one table, one JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table
+from sage_edge.config import load_yaml
+from sage_edge.device import usable_cores
+from sage_edge.errors import InputError
+from sage_edge.files import write_atomic
+from sage_edge.models import REFERENCE_MODEL
+
+
+def add(subparsers: Subparsers) -> None:
+    parser = command(
+        subparsers, "bench", run, "latency, accuracy and what early halting saves, on this machine",
+        "Measure the shipped model (or ENGINE, or a case) here: latency of a step and of an answer, answers per second,\n"
+        "exact accuracy and steps for full steps and for each halting policy on held-out data, cold start, memory, and\n"
+        "the share of the machine's measured GEMM ceiling that a step reaches.\n\n"
+        "  sage-edge bench                                             the shipped model\n"
+        "  sage-edge bench --peers                                     beside PyTorch and OpenVINO (sage-edge[peers])\n"
+        "  sage-edge bench --case benchmarks/cases/hrm-27m.yaml --peers  the paper's size, random weights\n\n"
+        "The report is written to benchmarks/results/ below the current folder, or to --output.",
+    )  # fmt: skip
+    parser.add_argument("engine", metavar="ENGINE", nargs="?", help=f"default: {REFERENCE_MODEL}")
+    parser.add_argument("--case", metavar="YAML", type=Path, help="a case file (see benchmarks/cases)")
+    parser.add_argument("--peers", action="store_true", help="time the installed peers in the same run")
+    parser.add_argument("--data", metavar="DIR", help="dataset for the accuracy (default: the model's own test split)")
+    parser.add_argument("--examples", metavar="N", type=positive, help="how many of it (default 512)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: all usable cores)")
+    parser.add_argument("--output", metavar="JSON", type=Path, help="where to write the report")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    # Imported here: building parsers for other commands must not wait for onnx.
+    from sage_edge.bench.suite import Case, run_case
+
+    if arguments.case and (arguments.engine or arguments.data):
+        raise InputError("--case names its own engine and data; give either a case or ENGINE and --data")
+    case = load_yaml(arguments.case, Case) if arguments.case else _case(arguments)
+    if arguments.examples:
+        from dataclasses import replace
+
+        case = replace(case, examples=arguments.examples)
+    threads = arguments.threads or usable_cores()
+    with _progress() as progress:
+        report = run_case(case, threads, arguments.peers, progress)
+    architecture = report["machine"]["architecture"]
+    commit = (report["commit"] or "release")[:10]
+    path = arguments.output or Path("benchmarks/results") / f"{case.name}-{architecture}-{commit}.json"
+    write_atomic(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    if arguments.json:
+        print_json(report)
+    else:
+        show(report)
+        print(f"report: {path}")
+    return 0
+
+
+def _case(arguments: argparse.Namespace) -> Any:
+    from sage_edge.bench.suite import Case
+
+    engine = arguments.engine or REFERENCE_MODEL
+    return Case(name=Path(engine).name or "engine", engine=engine, data=arguments.data or "")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """What is being measured: a bar on a terminal, one line a stage elsewhere; both on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        last = ""
+
+        def line(stage: str, done: float) -> None:
+            nonlocal last
+            if stage != last:
+                console.print(f"bench: {stage}")
+            last = stage
+
+        yield line
+        return
+    with Progress(TextColumn("{task.description:44}"), BarColumn(), TimeElapsedColumn(), console=console,
+                  transient=True) as bars:  # fmt: skip
+        task = bars.add_task("bench", total=1.0)
+        yield lambda stage, done: bars.update(task, description=stage, completed=done)
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report as tables: what halting saved and cost comes last, where the eye rests."""
+    machine = report["machine"]
+    print(f"{machine['cpu'] or machine['architecture']}, {report['threads']} threads, onnxruntime "
+          f"{report['versions']['onnxruntime']}, GEMM ceiling {report['gemm_ceiling_gflops']:.0f} GFLOP/s, "
+          f"commit {(report['commit'] or 'none')[:10]}")  # fmt: skip
+    rows: list[tuple[object, ...]] = []
+    for entry in report["steps"]:
+        for name, latency in entry["latency"].items():
+            fraction = entry["fraction_of_ceiling"] if name == "sage-edge" else None
+            rows.append((entry["batch"], name, f"{latency['p50_ms']:.2f}", f"{latency['p95_ms']:.2f}",
+                         f"{latency['p99_ms']:.2f}", f"{entry['times_ours'][name]:.2f}×",
+                         f"{fraction:.0%}" if fraction else None))  # fmt: skip
+    print_table(
+        "one refinement step, ms", ("batch", "engine", "p50", "p95", "p99", "time / ours", "of GEMM ceiling"), rows
+    )
+    rows = [(a["batch"], a["policy"], f"{a['mean_steps']:.2f}", f"{a['latency']['p50_ms']:.1f}",
+             f"{a['latency']['p95_ms']:.1f}", f"{a['latency']['p99_ms']:.1f}", f"{a['answers_per_s']:.1f}")
+            for a in report["answers"]]  # fmt: skip
+    print_table("one answer, ms", ("batch", "halting", "mean steps", "p50", "p95", "p99", "answers/s"), rows)
+    cold = report["cold_start"]
+    memory = "not measured" if cold["peak_rss_mib"] is None else f"{cold['peak_rss_mib']:.0f} MiB"
+    print(
+        f"fresh process: first answer after {cold['first_answer_s']:.2f} s (median of {cold['runs']}), peak RSS {memory}\n"
+    )
+    if "accuracy" in report:
+        accuracy = report["accuracy"]
+        rows = [(p["policy"], f"{p['exact_accuracy']:.4f}", f"{p['standard_error']:.4f}", f"{p['points_lost']:+.2f}",
+                 f"{p['mean_steps']:.2f}", f"{p['steps_saved']:.0%}") for p in accuracy["policies"]]  # fmt: skip
+        print_table(f"what halting early saved and cost, {accuracy['examples']} held-out examples",
+                    ("halting", "exact", "± s.e.", "points lost", "mean steps", "steps saved"), rows)  # fmt: skip

@@ -1,0 +1,88 @@
+"""`sage-edge run`: arrays in, arrays out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from sage_edge.arrays import read_npz, write_npz
+from sage_edge.cli.output import Subparsers, bar, command, positive, print_json, stages
+from sage_edge.files import write_atomic
+from sage_edge.irp.halting import HELP
+from sage_edge.models import open_runner
+from sage_edge.runtime import Session
+from sage_edge.specs import Array
+
+
+def add(subparsers: Subparsers) -> None:
+    parser = command(
+        subparsers, "run", run, "answer the requests in an .npz file",
+        "Read arrays named as the model's observation (HRM: `inputs` int [n, seq_len], optional `puzzle_identifiers`\n"
+        "int [n]) and write `prediction` [n, ...], `steps` int32 [n] and `halt_reason` [n].\n"
+        "With --all-steps every step runs and `logits_K`, `q_halt_K`, `q_continue_K` (K = 1..N) are written as well;\n"
+        "prediction, steps and halt_reason remain those of the halting policy.\n\n"
+        f"halting policies: {HELP}",
+    )  # fmt: skip
+    parser.add_argument("engine", metavar="ENGINE")
+    parser.add_argument("--inputs", metavar="NPZ", type=Path, required=True)
+    parser.add_argument("--outputs", metavar="NPZ", type=Path, required=True)
+    parser.add_argument("--halt", metavar="POLICY", default="learned", help="default: learned")
+    parser.add_argument(
+        "--max-steps", metavar="N", type=positive, help="never more steps than this (default: the model's)"
+    )
+    parser.add_argument(
+        "--trace", metavar="JSONL", type=Path, help="write the signals after each step, a line a request"
+    )
+    parser.add_argument("--all-steps", action="store_true")
+    parser.add_argument("--threads", type=positive, help="CPU threads")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    observation = read_npz(arguments.inputs)
+    with stages("build") as progress:
+        runner = open_runner(arguments.engine, arguments.threads, progress)
+    with Session(runner) as session:
+        checked = runner.model.validate_observation(observation, str(arguments.inputs))
+        policy = session.policy(arguments.halt, arguments.max_steps)
+        count = len(next(iter(checked.values())))
+        with bar("requests", count) as progress_bar:
+            answers = session.infer(checked, policy, arguments.max_steps, progress_bar)
+        outputs: dict[str, Array] = {
+            "prediction": np.stack([a.prediction for a in answers]),
+            "steps": np.array([a.steps for a in answers], np.int32),
+            "halt_reason": np.array([a.reason for a in answers]),
+        }
+        if arguments.all_steps:
+            outputs |= _all_steps(session, checked, arguments.max_steps or runner.model.max_steps)
+    write_npz(arguments.outputs, outputs)
+    if arguments.trace:
+        lines = (
+            json.dumps({"request": i, "steps": a.steps, "halt_reason": a.reason, "milliseconds": round(a.milliseconds, 3),
+                        "signals": {name: [float(v) for v in a.trace[:, k]] for k, name in enumerate(a.signals)}})
+            for i, a in enumerate(answers)
+        )  # fmt: skip
+        write_atomic(arguments.trace, "".join(line + "\n" for line in lines))
+    mean = float(np.mean(outputs["steps"]))
+    if arguments.json:
+        reasons = {str(k): int(v) for k, v in zip(*np.unique(outputs["halt_reason"], return_counts=True), strict=True)}
+        print_json({"requests": count, "mean_steps": mean, "halt_reasons": reasons, "outputs": str(arguments.outputs)})
+    else:
+        print(f"{arguments.outputs}: {count} answers, {mean:.2f} steps on average")
+    return 0
+
+
+def _all_steps(session: Session, observation: dict[str, Array], steps: int) -> dict[str, Array]:
+    """logits_K, q_halt_K and q_continue_K for K = 1..steps; only those that the model gives."""
+    model = session.runner.model
+    parts: dict[str, list[Array]] = {}
+    for _, arrays in session.all_steps(observation, steps):
+        for k in range(steps):
+            if "logits" in arrays:
+                parts.setdefault(f"logits_{k + 1}", []).append(arrays["logits"][k])
+            for name in ("q_halt", "q_continue"):
+                if name in model.signals:
+                    parts.setdefault(f"{name}_{k + 1}", []).append(arrays["signals"][k][:, model.signal(name)])
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}

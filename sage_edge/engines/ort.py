@@ -1,0 +1,134 @@
+"""The ONNX Runtime runner: graphs in a folder, run on the CPU with the carry bound in place.
+
+The carry lives in two sets of buffers. A step reads one and writes the other, and the roles swap: no copy of carry or
+logits is made between steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sage_edge.engines.runner import Runner
+from sage_edge.errors import InputError
+from sage_edge.specs import Array, ModelSpec
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+@dataclass(eq=False)
+class Buffers:
+    """Context and two carries of n slots, with a binding from each carry to the other."""
+
+    context: dict[str, Array]
+    carries: tuple[dict[str, Array], dict[str, Array]]
+    signals: npt.NDArray[np.float32]
+    current: int = 0
+    bindings: list[Any] = field(default_factory=list)
+
+    @property
+    def carry(self) -> dict[str, Array]:
+        return self.carries[self.current]
+
+
+def open_session(path: Path, threads: int, optimize: bool) -> ort.InferenceSession:
+    """A CPU session. `optimize` False loads the graph as it is: right for graphs that were optimized when built."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        raise InputError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+
+
+class OrtRunner(Runner):
+    """Runs the three graphs of `folder` (encode.onnx, refine.onnx, decode.onnx)."""
+
+    def __init__(self, folder: Path, model: ModelSpec, slots: int, threads: int, optimized: bool) -> None:
+        super().__init__(model, slots)
+        self.folder = folder
+        self.threads = threads
+        self.optimized = optimized
+        self._sessions: dict[str, ort.InferenceSession] = {}
+
+    def _activate(self) -> None:
+        for name in ("encode", "refine", "decode"):
+            path = self.folder / f"{name}.onnx"
+            self._sessions[name] = open_session(path, self.threads, optimize=not self.optimized)
+        self._new_carry = [o.name for o in self._sessions["refine"].get_outputs()]
+        self._decode_inputs = [i.name for i in self._sessions["decode"].get_inputs()]
+
+    def _deactivate(self) -> None:
+        self._sessions.clear()
+
+    def _encode(self, observation: dict[str, Array], count: int) -> Buffers:
+        buffers = self._allocate(count)
+        binding = self._sessions["encode"].io_binding()
+        for name, array in observation.items():
+            _bind_input(binding, name, array)
+        for name, array in (buffers.context | buffers.carry).items():
+            _bind_output(binding, name, array)
+        self._sessions["encode"].run_with_iobinding(binding)
+        return buffers
+
+    def _allocate(self, count: int) -> Buffers:
+        def empty(specs: tuple[Any, ...]) -> dict[str, Array]:
+            return {s.name: np.empty((count, *s.item_shape), s.dtype) for s in specs}
+
+        signals = np.empty((count, len(self.model.signals)), np.float32)
+        return Buffers(empty(self.model.context), (empty(self.model.carry), empty(self.model.carry)), signals)
+
+    def _refine(self, handle: Buffers) -> npt.NDArray[np.float32]:
+        if not handle.bindings:
+            handle.bindings = [self._bind_step(handle, source) for source in (0, 1)]
+        self._sessions["refine"].run_with_iobinding(handle.bindings[handle.current])
+        handle.current = 1 - handle.current
+        return handle.signals
+
+    def _bind_step(self, handle: Buffers, source: int) -> Any:
+        binding = self._sessions["refine"].io_binding()
+        for name, array in (handle.context | handle.carries[source]).items():
+            _bind_input(binding, name, array)
+        outputs = (*handle.carries[1 - source].values(), handle.signals)
+        for name, array in zip(self._new_carry, outputs, strict=True):
+            _bind_output(binding, name, array)
+        return binding
+
+    def _decode(self, handle: Buffers, names: tuple[str, ...]) -> dict[str, Array]:
+        feeds = {name: handle.carry[name] for name in self._decode_inputs}
+        return dict(zip(names, self._sessions["decode"].run(list(names), feeds), strict=True))
+
+    def _select(self, handle: Buffers, rows: list[int]) -> Buffers:
+        chosen = self._allocate(len(rows))
+        for target, source in ((chosen.context, handle.context), (chosen.carry, handle.carry)):
+            for name, array in source.items():
+                np.take(array, rows, axis=0, out=target[name])
+        return chosen
+
+    def _read(self, handle: Buffers) -> dict[str, Array]:
+        return {name: array.copy() for name, array in (handle.context | handle.carry).items()}
+
+    def _write(self, arrays: dict[str, Array]) -> Buffers:
+        buffers = self._allocate(len(next(iter(arrays.values()))))
+        for name, target in (buffers.context | buffers.carry).items():
+            target[...] = arrays[name]
+        return buffers
+
+
+def _bind_input(binding: Any, name: str, array: Array) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: Any, name: str, array: Array) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -1,0 +1,112 @@
+"""What a model gets right, step by step and under each halting policy, from one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sage_edge.dataset import Dataset
+from sage_edge.irp.halting import History, parse_policy
+from sage_edge.runtime import Session
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Everything that policies and reports need of n examples over s steps; no logits are kept.
+
+    signals float32 [n, s, k]; exact bool [n, s] and token_accuracy float [n, s]: how right the prediction after each
+    step is.
+    """
+
+    signals: npt.NDArray[np.float32]
+    exact: npt.NDArray[np.bool_]
+    token_accuracy: Floats
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PolicyScore:
+    """One policy on one dataset: means over the examples; `standard_error` is that of exact accuracy."""
+
+    policy: str
+    exact_accuracy: float
+    standard_error: float
+    token_accuracy: float
+    mean_steps: float
+    steps_histogram: tuple[int, ...]
+
+
+def collect(session: Session, data: Dataset, steps: int, progress: Callable[[int], None] | None = None) -> Traces:
+    """Run every example for `steps` steps and keep what `Traces` holds."""
+    signals, exact, tokens = [], [], []
+    for offset, arrays in session.all_steps(data.observation, steps):
+        count = arrays["prediction"].shape[1]
+        rows = slice(offset, offset + count)
+        exact.append(np.stack([data.exact(p, rows) for p in arrays["prediction"]], axis=1))
+        tokens.append(np.stack([data.token_accuracy(p, rows) for p in arrays["prediction"]], axis=1))
+        signals.append(arrays["signals"].transpose(1, 0, 2).astype(np.float32))
+        if progress:
+            progress(offset + count)
+    names = session.runner.model.signals
+    return Traces(np.concatenate(signals), np.concatenate(exact), np.concatenate(tokens), names)
+
+
+def steps_taken(traces: Traces, policy: str) -> npt.NDArray[np.int64]:
+    """How many steps each example takes under `policy`, int [n]: the recorded signals are replayed through it."""
+    count, steps = traces.exact.shape
+    decide = parse_policy(policy, steps)
+    taken = np.zeros(count, np.int64)
+    for step in range(1, steps + 1):
+        at = np.full(count, step, np.int64)
+        history = History(traces.signals, at, np.zeros(count), traces.names)
+        taken[(taken == 0) & decide.halts(history)] = step
+    return taken
+
+
+def score(traces: Traces, policy: str, rows: npt.NDArray[np.bool_] | None = None) -> PolicyScore:
+    """Score a policy on all examples, or on those where `rows` is true. A deadline never fires in a replay."""
+    taken = steps_taken(traces, policy)
+    chosen = np.arange(len(taken)) if rows is None else np.flatnonzero(rows)
+    exact = traces.exact[chosen, taken[chosen] - 1]
+    tokens = traces.token_accuracy[chosen, taken[chosen] - 1]
+    rate = float(exact.mean())
+    return PolicyScore(
+        policy,
+        rate,
+        float(np.sqrt(rate * (1 - rate) / len(chosen))),
+        float(tokens.mean()),
+        float(taken[chosen].mean()),
+        tuple(int(n) for n in np.bincount(taken[chosen], minlength=traces.exact.shape[1] + 1)[1:]),
+    )
+
+
+def oracle(traces: Traces) -> PolicyScore:
+    """The unreachable best: stop at the first step whose answer is right; run to the end where none is."""
+    steps = traces.exact.shape[1]
+    first = np.where(traces.exact.any(1), traces.exact.argmax(1) + 1, steps)
+    rate = float(traces.exact.any(1).mean())
+    tokens = traces.token_accuracy[np.arange(len(first)), first - 1]
+    histogram = tuple(int(n) for n in np.bincount(first, minlength=steps + 1)[1:])
+    error = float(np.sqrt(rate * (1 - rate) / len(first)))
+    return PolicyScore("oracle", rate, error, float(tokens.mean()), float(first.mean()), histogram)
+
+
+def per_step(traces: Traces) -> list[dict[str, Any]]:
+    """The halting table: for each step the accuracy there, and how many would have stopped by the learned rule."""
+    learned = steps_taken(traces, "learned")
+    return [
+        {
+            "step": step + 1,
+            "exact_accuracy": float(traces.exact[:, step].mean()),
+            "token_accuracy": float(traces.token_accuracy[:, step].mean()),
+            "mean_entropy": float(traces.signals[:, step, traces.names.index("entropy_mean")].mean()),
+            "stopped_by_learned": float((learned <= step + 1).mean()),
+        }
+        for step in range(traces.exact.shape[1])
+    ]

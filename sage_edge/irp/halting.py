@@ -1,0 +1,258 @@
+"""Halting policies: pure functions over the history of signals.
+
+A policy is written as text: `learned`, `patience:2`, `entropy:0.05`, `slope:0.01,3`, `max_steps:6`, `deadline:20`, joined
+with `and`, `or` and parentheses, e.g. `learned or deadline:20`. The model's own maximum of steps always holds as well.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sage_edge.errors import InputError
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+ENERGY = "entropy_mean"
+
+
+@dataclass(frozen=True)
+class History:
+    """What has been seen of n requests that may stand at different steps.
+
+    signals float32 [n, capacity, k]: row i holds its steps 1..steps[i], the rest is unused. steps int [n], >= 1.
+    elapsed_ms float [n]: time since each request was admitted. names: the k signal names.
+    """
+
+    signals: Floats
+    steps: npt.NDArray[np.int64]
+    elapsed_ms: npt.NDArray[np.float64]
+    names: tuple[str, ...]
+
+    def at(self, name: str, back: int = 0) -> Floats:
+        """Signal `name` of each request `back` steps ago, [n]; NaN where the request had not begun."""
+        if name not in self.names:
+            raise InputError(f"halting: signal {name!r} is not given by this model; it gives {', '.join(self.names)}")
+        index = self.steps - 1 - back
+        values = self.signals[np.arange(len(index)), np.maximum(index, 0), self.names.index(name)]
+        known: Floats = np.where(index >= 0, values, np.float32(np.nan)).astype(np.float32)
+        return known
+
+
+class Policy(ABC):
+    """Decides for every request whether it is done. Stateless: the same history always gives the same decision."""
+
+    @abstractmethod
+    def halts(self, history: History) -> Bools:
+        """bool [n]: which requests stop now."""
+
+    def reasons(self, history: History) -> list[str]:
+        """Per request the policy that stopped it, or "" where it goes on."""
+        return [str(self) if stop else "" for stop in self.halts(history)]
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class MaxSteps(Policy):
+    """Stop after `steps` steps."""
+
+    steps: int
+
+    def halts(self, history: History) -> Bools:
+        done: Bools = history.steps >= self.steps
+        return done
+
+    def __str__(self) -> str:
+        return f"max_steps:{self.steps}"
+
+
+@dataclass(frozen=True)
+class Learned(Policy):
+    """Stop when the model's own halting head says so: q_halt > q_continue (arXiv 2506.21734, adaptive computation)."""
+
+    def halts(self, history: History) -> Bools:
+        return history.at("q_halt") > history.at("q_continue")
+
+    def __str__(self) -> str:
+        return "learned"
+
+
+@dataclass(frozen=True)
+class Patience(Policy):
+    """Stop when the prediction has not changed for `steps` steps in a row (arXiv 2006.04152)."""
+
+    steps: int
+
+    def halts(self, history: History) -> Bools:
+        still = np.ones(len(history.steps), dtype=bool)
+        for back in range(self.steps):
+            still &= history.at("changed", back) == 0
+        # "Unchanged at step 1" only compares with the initial state, in which nothing was predicted yet.
+        return still & (history.steps > self.steps)
+
+    def __str__(self) -> str:
+        return f"patience:{self.steps}"
+
+
+@dataclass(frozen=True)
+class Entropy(Policy):
+    """Stop when the mean token entropy (nats) is below `threshold`."""
+
+    threshold: float
+
+    def halts(self, history: History) -> Bools:
+        return history.at("entropy_mean") < self.threshold
+
+    def __str__(self) -> str:
+        return f"entropy:{self.threshold:g}"
+
+
+@dataclass(frozen=True)
+class Slope(Policy):
+    """Stop when the energy has fallen by less than `epsilon` a step over the last `window` steps (the IRP default)."""
+
+    epsilon: float
+    window: int
+
+    def halts(self, history: History) -> Bools:
+        fall = (history.at(ENERGY, self.window) - history.at(ENERGY)) / self.window
+        return fall < self.epsilon  # NaN, where the window is not full, compares false
+
+    def __str__(self) -> str:
+        return f"slope:{self.epsilon:g},{self.window}"
+
+
+@dataclass(frozen=True)
+class Deadline(Policy):
+    """Stop when `milliseconds` have passed since the request was admitted; checked after every step."""
+
+    milliseconds: float
+
+    def halts(self, history: History) -> Bools:
+        return history.elapsed_ms >= self.milliseconds
+
+    def __str__(self) -> str:
+        return f"deadline:{self.milliseconds:g}"
+
+
+@dataclass(frozen=True)
+class AnyOf(Policy):
+    """Stop when any part says so; the reason is the first part that did."""
+
+    parts: tuple[Policy, ...]
+
+    def halts(self, history: History) -> Bools:
+        done: Bools = np.any([part.halts(history) for part in self.parts], axis=0)
+        return done
+
+    def reasons(self, history: History) -> list[str]:
+        columns = zip(*(part.reasons(history) for part in self.parts), strict=True)
+        return [next((reason for reason in column if reason), "") for column in columns]
+
+    def __str__(self) -> str:
+        return " or ".join(str(part) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class AllOf(Policy):
+    """Stop when all parts say so."""
+
+    parts: tuple[Policy, ...]
+
+    def halts(self, history: History) -> Bools:
+        done: Bools = np.all([part.halts(history) for part in self.parts], axis=0)
+        return done
+
+    def __str__(self) -> str:
+        return " and ".join(f"({part})" if isinstance(part, AnyOf) else str(part) for part in self.parts)
+
+
+HELP = (
+    "learned | patience:STEPS | entropy:NATS | slope:EPSILON,WINDOW | deadline:MS | max_steps:N | full, "
+    "joined with `and`, `or` and parentheses"
+)
+
+
+def parse_policy(text: str, max_steps: int) -> Policy:
+    """The policy that `text` describes, with the model's `max_steps` as the last resort.
+
+    `full` (alone) runs every step. Raises InputError quoting the part that is not understood.
+    """
+    limit = MaxSteps(max_steps)
+    if text.strip() == "full":
+        return limit
+    tokens = re.findall(r"[()]|[^\s()]+", text)
+    policy, rest = _either(tokens, text)
+    if rest:
+        raise InputError(f"halting policy {text!r}: {rest[0]!r} is not expected there; use {HELP}")
+    return AnyOf((*(policy.parts if isinstance(policy, AnyOf) else (policy,)), limit))
+
+
+def _either(tokens: list[str], text: str) -> tuple[Policy, list[str]]:
+    parts, rest = _chain(tokens, text, "or")
+    return (parts[0] if len(parts) == 1 else AnyOf(parts)), rest
+
+
+def _chain(tokens: list[str], text: str, word: str) -> tuple[tuple[Policy, ...], list[str]]:
+    parts: list[Policy] = []
+    while True:
+        if word == "or":
+            inner, tokens = _chain(tokens, text, "and")
+            parts.append(inner[0] if len(inner) == 1 else AllOf(inner))
+        else:
+            part, tokens = _single(tokens, text)
+            parts.append(part)
+        if not tokens or tokens[0] != word:
+            return tuple(parts), tokens
+        tokens = tokens[1:]
+
+
+def _single(tokens: list[str], text: str) -> tuple[Policy, list[str]]:
+    if not tokens:
+        raise InputError(f"halting policy {text!r}: a policy is missing at the end; use {HELP}")
+    head, rest = tokens[0], tokens[1:]
+    if head == "(":
+        policy, rest = _either(rest, text)
+        if not rest or rest[0] != ")":
+            raise InputError(f"halting policy {text!r}: a closing parenthesis is missing")
+        return policy, rest[1:]
+    name, _, argument = head.partition(":")
+    try:
+        return _build(name, argument.split(",") if argument else []), rest
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"halting policy {text!r}: {head!r} is not understood; use {HELP}") from error
+
+
+def _build(name: str, arguments: list[str]) -> Policy:
+    def whole(value: str) -> int:
+        if (number := int(value)) < 1:
+            raise ValueError(value)
+        return number
+
+    def positive(value: str) -> float:
+        number = float(value.removesuffix("ms"))
+        if not 0 < number < float("inf"):
+            raise ValueError(value)
+        return number
+
+    if name == "slope":
+        epsilon, window = arguments or ("0.01", "3")
+        return Slope(positive(epsilon), whole(window))
+    if name == "learned" and not arguments:
+        return Learned()
+    (value,) = arguments or {"patience": ("2",), "entropy": ("0.05",)}[name]
+    if name == "patience":
+        return Patience(whole(value))
+    if name == "entropy":
+        return Entropy(positive(value))
+    if name == "deadline":
+        return Deadline(positive(value))
+    if name == "max_steps":
+        return MaxSteps(whole(value))
+    raise KeyError(name)
