@@ -52,12 +52,16 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Bundle:
-    """The content of bundle.yaml. Raises ValueError, naming the graph, when the graphs do not fit together."""
+    """The content of bundle.yaml; step_gflop is the arithmetic of the matrix products of one step of one slot.
+
+    Raises ValueError, naming the graph, when the graphs do not fit together.
+    """
 
     format: Literal["sage-edge-bundle/1"]
     name: str
     precision: Literal["fp32"]
     parameters: int
+    step_gflop: float
     max_steps: int
     signals: tuple[str, ...]
     graphs: Graphs

@@ -1,4 +1,4 @@
-"""The machine's measured GEMM ceiling and how much arithmetic a step needs, so that a latency can be judged."""
+"""The machine's measured GEMM ceiling, beside which a latency can be judged."""
 
 from __future__ import annotations
 
@@ -40,22 +40,3 @@ def gemm_ceiling(threads: int, seconds: float = 1.0) -> float:
                 fastest = min(fastest, time.perf_counter() - start)
             best = max(best, 2 * rows * inner * columns / fastest / 1e9)
     return best
-
-
-def matmul_gflop(graph_file: Path, slots: int) -> float:
-    """GFLOP of all MatMul and Gemm nodes of a graph at `slots` slots; elementwise work is not counted."""
-    model = onnx.load(str(graph_file), load_external_data=False)
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].ClearField("dim_param")
-        value.type.tensor_type.shape.dim[0].dim_value = slots
-    del model.graph.value_info[:]
-    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    shapes = {i.name: tuple(i.dims) for i in model.graph.initializer}
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
-        shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
-    total = 0
-    for node in model.graph.node:
-        if node.op_type in ("MatMul", "Gemm"):
-            inner = shapes[node.input[0]][-1]
-            total += 2 * inner * int(np.prod(shapes[node.output[0]]))
-    return total / 1e9

@@ -1,4 +1,4 @@
-"""Other ways to run the same weights on the same inputs: eager PyTorch, torch.compile, OpenVINO.
+"""Other ways to run the same weights on the same inputs: eager PyTorch (fp32, bf16), torch.compile, OpenVINO.
 
 Each peer is a function that takes (context, z_H, z_L) of a batch and returns a call that runs one step, logits included,
 as the original evaluation loop does. Only this module of the bench imports torch, and only when peers are asked for.
@@ -25,7 +25,7 @@ def available() -> dict[str, str]:
 
 
 def torch_peers(model: Any, threads: int, compiled: bool) -> dict[str, Peer]:
-    """Eager and (with a C++ compiler at hand) compiled peers of a torch HRM, in fp32 and inference mode."""
+    """Eager and (with a C++ compiler at hand) compiled peers of a torch HRM, in inference mode."""
     import torch
 
     torch.set_num_threads(threads)
@@ -48,6 +48,9 @@ def torch_peers(model: Any, threads: int, compiled: bool) -> dict[str, Peer]:
         return start
 
     peers = {"PyTorch eager": peer(step)}
+    # The original code's default: bfloat16 arithmetic, with the fp32 weights cast anew in every call.
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+    peers["PyTorch eager bf16"] = peer(autocast(step))
     if compiled:
         peers["torch.compile"] = peer(torch.compile(step))
     return peers

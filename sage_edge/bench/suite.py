@@ -17,13 +17,14 @@ import numpy as np
 
 from sage_edge import __version__
 from sage_edge.bench import peers as peer_module
-from sage_edge.bench.ceiling import gemm_ceiling, matmul_gflop
+from sage_edge.bench.ceiling import gemm_ceiling
 from sage_edge.bench.cold import cold_start
 from sage_edge.bench.timing import Latency, interleave
 from sage_edge.bundle import BUNDLE_FILE
 from sage_edge.dataset import Dataset, load_dataset
 from sage_edge.device import machine, version
 from sage_edge.engines.build import open_engine
+from sage_edge.engines.manifest import load_manifest
 from sage_edge.engines.runner import Runner
 from sage_edge.errors import InputError, MissingDependencyError
 from sage_edge.evaluate import collect, oracle, score
@@ -68,6 +69,7 @@ def run_case(case: Case, threads: int, with_peers: bool, progress: Progress) -> 
         progress("build the engine", 0)
         target, bundle = _target(case, Path(temporary))
         folder = engine_of(target)
+        step_gflop = load_manifest(folder)[1].step_gflop
         data = _data(case)
         runner = open_engine(folder, threads)
         contestants = _peers(target, bundle, threads, progress) if with_peers else {}
@@ -83,7 +85,7 @@ def run_case(case: Case, threads: int, with_peers: bool, progress: Progress) -> 
             ceiling = gemm_ceiling(threads)
             report["gemm_ceiling_gflops"] = ceiling
             report["steps"] = [
-                _steps(runner, contestants, observation, batch, case.seconds, bundle, ceiling, progress)
+                _steps(runner, contestants, observation, batch, case.seconds, step_gflop, ceiling, progress)
                 for batch in case.batches
             ]
             report["answers"] = [
@@ -155,9 +157,9 @@ def _peers(target: str, bundle: Path, threads: int, progress: Progress) -> dict[
 
 def _steps(
     runner: Runner, contestants: dict[str, peer_module.Peer], observation: dict[str, Array], batch: int,
-    seconds: float, bundle: Path, ceiling: float, progress: Progress,
+    seconds: float, step_gflop: float, ceiling: float, progress: Progress,
 ) -> Report:  # fmt: skip
-    """Latency of one refinement step, ours and the peers', in turn."""
+    """Latency of one refinement step, ours and the peers', in turn; step_gflop: of one slot."""
     title = f"step latency, batch {batch}"
     progress(title, 0)
     state = runner.encode({name: array[:batch] for name, array in observation.items()})
@@ -166,15 +168,14 @@ def _steps(
         calls[name] = peer(runner.read(state))
     budget = seconds * len(calls)
     measured = interleave(calls, budget, progress=lambda done: progress(title, done))
-    graph = bundle / "refine.onnx"
-    gflop = matmul_gflop(graph, batch) if (bundle / BUNDLE_FILE).is_file() else None
     ours = measured["sage-edge"]
-    rate = gflop / ours.p50_ms * 1e3 if gflop else None
+    gflop = step_gflop * batch
+    rate = gflop / ours.p50_ms * 1e3
     return {
         "batch": batch,
         "gflop": gflop,
         "gflops": rate,
-        "fraction_of_ceiling": rate / ceiling if rate else None,
+        "fraction_of_ceiling": rate / ceiling,
         "latency": {name: asdict(latency) for name, latency in measured.items()},
         "times_ours": {name: latency.p50_ms / ours.p50_ms for name, latency in measured.items()},
     }

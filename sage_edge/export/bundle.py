@@ -16,7 +16,7 @@ from sage_edge.check import Reference, check, load_reference
 from sage_edge.device import usable_cores, version
 from sage_edge.engines.ort import OrtRunner
 from sage_edge.errors import GateError
-from sage_edge.export.graph import SIGNALS, Decode, Encode, Refine, export_graph, use_matmuls
+from sage_edge.export.graph import SIGNALS, Decode, Encode, Refine, export_graph, matmul_gflop, use_matmuls
 from sage_edge.export.hrm import HRM
 from sage_edge.export.recipe import Recipe
 from sage_edge.files import replacing_directory, sha256
@@ -118,6 +118,7 @@ def export_bundle(
             name=recipe.name,
             precision="fp32",
             parameters=sum(p.numel() for p in model.parameters()),
+            step_gflop=round(matmul_gflop(folder / "refine.onnx"), 6),
             max_steps=config.halt_max_steps,
             signals=SIGNALS,
             graphs=graphs,
