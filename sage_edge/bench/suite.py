@@ -29,7 +29,7 @@ from sage_edge.engines.runner import Runner
 from sage_edge.errors import InputError, MissingDependencyError
 from sage_edge.evaluate import collect, oracle, score
 from sage_edge.models import bundle_of, engine_of, locate, shipped
-from sage_edge.runtime import Session
+from sage_edge.runtime import Answer, Session
 from sage_edge.specs import Array, HRMConfig
 
 POLICIES = ("full", "learned", "patience:1", "entropy:0.05", "slope:0.01,3")
@@ -89,9 +89,9 @@ def run_case(case: Case, threads: int, with_peers: bool, progress: Progress) -> 
                 for batch in case.batches
             ]
             report["answers"] = [
-                _answers(session, observation, batch, policy, case.seconds, progress)
+                row
                 for batch in case.batches
-                for policy in ("full", "learned")
+                for row in _answers(session, contestants, observation, batch, case.seconds, progress)
             ]
             if data is not None:
                 report["accuracy"] = _accuracy(session, data, progress)
@@ -182,25 +182,46 @@ def _steps(
 
 
 def _answers(
-    session: Session, observation: dict[str, Array], batch: int, policy: str, seconds: float, progress: Progress
-) -> Report:
-    """Latency from request to answer with `batch` requests at a time, and answers per second."""
-    title = f"answers, batch {batch}, {policy}"
+    session: Session, contestants: dict[str, peer_module.Peer], observation: dict[str, Array], batch: int,
+    seconds: float, progress: Progress,
+) -> list[Report]:  # fmt: skip
+    """From request to answer, `batch` requests at a time: ours under two policies, and the peers to the last step.
+
+    The peers' way is the original one: every sequence of a batch runs to the last step.
+    """
+    title = f"answer latency, batch {batch}"
+    progress(title, 0)
+    runner = session.runner
     total = len(next(iter(observation.values())))
-    latencies: list[float] = []
-    steps: list[int] = []
-    began = time.perf_counter()
-    at = 0
-    while (spent := time.perf_counter() - began) < seconds or len(latencies) < 2 * batch:
-        progress(title, min(1.0, spent / seconds))
-        rows = np.arange(at, at + batch) % total
-        answers = session.infer({name: array[rows] for name, array in observation.items()}, policy)
-        latencies += [answer.milliseconds / 1e3 for answer in answers]
-        steps += [answer.steps for answer in answers]
-        at += batch
-    elapsed = time.perf_counter() - began
-    return {"batch": batch, "policy": policy, "answers_per_s": len(latencies) / elapsed,
-            "mean_steps": float(np.mean(steps)), "latency": asdict(Latency.of(latencies))}  # fmt: skip
+    answered: dict[str, list[Answer]] = {"full": [], "learned": []}
+
+    def ours(policy: str) -> Callable[[], object]:
+        def run() -> object:
+            rows = np.arange(len(answered[policy]), len(answered[policy]) + batch) % total
+            answers = session.infer({name: array[rows] for name, array in observation.items()}, policy)
+            answered[policy] += answers
+            return answers
+
+        return run
+
+    def theirs(peer: peer_module.Peer) -> Callable[[], object]:
+        step = peer(runner.read(runner.encode({name: array[:batch] for name, array in observation.items()})))
+        return lambda: [step() for _ in range(runner.model.max_steps)]
+
+    calls = {("sage-edge", policy): ours(policy) for policy in answered}
+    calls |= {(name, "full"): theirs(peer) for name, peer in contestants.items()}
+    by_title = {f"{engine} {policy}": call for (engine, policy), call in calls.items()}
+    measured = interleave(
+        by_title, seconds * len(calls), minimum_rounds=3, calls=2, progress=lambda done: progress(title, done)
+    )
+    rows = []
+    for (engine, policy), whole in zip(calls, measured.values(), strict=True):
+        own = answered[policy] if engine == "sage-edge" else []
+        latency = Latency.of([a.milliseconds / 1e3 for a in own]) if own else whole
+        steps = float(np.mean([a.steps for a in own])) if own else float(runner.model.max_steps)
+        rows.append({"batch": batch, "engine": engine, "policy": policy, "mean_steps": steps,
+                     "answers_per_s": 1e3 * batch / whole.mean_ms, "latency": asdict(latency)})  # fmt: skip
+    return rows
 
 
 def _accuracy(session: Session, data: Dataset, progress: Progress) -> Report:

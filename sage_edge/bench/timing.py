@@ -11,19 +11,20 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds over `samples` calls: the median to quote, the tail, and the fastest."""
+    """Milliseconds over `samples` calls: the median to quote, the tail, the fastest, and the mean for throughput."""
 
     samples: int
     p50_ms: float
     p95_ms: float
     p99_ms: float
     min_ms: float
+    mean_ms: float
 
     @classmethod
     def of(cls, seconds: list[float]) -> Latency:
         ms = np.asarray(seconds) * 1e3
         p50, p95, p99 = (float(v) for v in np.percentile(ms, [50, 95, 99]))
-        return cls(len(ms), p50, p95, p99, float(ms.min()))
+        return cls(len(ms), p50, p95, p99, float(ms.min()), float(ms.mean()))
 
 
 def interleave(

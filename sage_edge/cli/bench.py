@@ -110,10 +110,10 @@ def show(report: dict[str, Any]) -> None:
     print_table(
         "one refinement step, ms", ("batch", "engine", "p50", "p95", "p99", "time / ours", "of GEMM ceiling"), rows
     )
-    rows = [(a["batch"], a["policy"], f"{a['mean_steps']:.2f}", f"{a['latency']['p50_ms']:.1f}",
+    rows = [(a["batch"], a["engine"], a["policy"], f"{a['mean_steps']:.2f}", f"{a['latency']['p50_ms']:.1f}",
              f"{a['latency']['p95_ms']:.1f}", f"{a['latency']['p99_ms']:.1f}", f"{a['answers_per_s']:.1f}")
             for a in report["answers"]]  # fmt: skip
-    print_table("one answer, ms", ("batch", "halting", "mean steps", "p50", "p95", "p99", "answers/s"), rows)
+    print_table("one answer, ms", ("batch", "engine", "halting", "mean steps", "p50", "p95", "p99", "answers/s"), rows)
     cold = report["cold_start"]
     memory = "not measured" if cold["peak_rss_mib"] is None else f"{cold['peak_rss_mib']:.0f} MiB"
     print(
