@@ -6,9 +6,10 @@ free-running comparison is reported beside the model's own amplification of a ch
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -163,6 +164,11 @@ def _difference(ours: dict[str, Array], theirs: dict[str, Array]) -> dict[str, n
     return result
 
 
+def _allowed(wanted: Array, tolerance: float) -> float:
+    """The tolerance, in proportion for tensors whose values exceed ten: fp32 rounding is relative."""
+    return tolerance * max(1.0, float(np.abs(wanted).max()) / 10)
+
+
 def _decided(outputs: dict[str, Array], tolerance: float) -> npt.NDArray[np.bool_] | None:
     """Tokens whose best logit leads by more than rounding can turn; None for models without logits."""
     if "logits" not in outputs:
@@ -176,9 +182,18 @@ def _encode_parity(runner: Runner, reference: Reference, tolerance: float) -> Fi
     worst = 0.0
     for rows in _chunks(runner, len(next(iter(reference.start.values())))):
         state = runner.encode(_take(reference.observation, rows))
-        gaps = _difference(runner.read(state), _take(reference.start, rows))
-        worst = max([worst, *(float(gap.max()) for gap in gaps.values())])
-    return Finding("encode_parity", worst <= tolerance, f"max error {worst:.2e}, tolerance {tolerance:.0e}")
+        wanted = _take(reference.start, rows)
+        gaps = _difference(runner.read(state), wanted)
+        worst = max([worst, *(float(gap.max()) / _allowed(wanted[name], 1) for name, gap in gaps.items())])
+    return Finding("encode_parity", worst <= tolerance, f"max error {worst:.2e}, allowed {tolerance:.0e}")
+
+
+class Worst(NamedTuple):
+    """The largest error of one tensor, what is allowed there, and the step."""
+
+    error: float
+    allowed: float
+    step: int
 
 
 def _step_parity(
@@ -186,7 +201,7 @@ def _step_parity(
 ) -> tuple[tuple[StepParity, ...], list[Finding]]:
     steps, names = runner.model.max_steps, _names(runner)
     tables = np.zeros((steps, 6))
-    worst: dict[str, tuple[float, int]] = {}
+    worst: defaultdict[str, Worst] = defaultdict(lambda: Worst(0.0, tolerance, 0))
     wrong_predictions = 0
     chunks = _chunks(runner, len(next(iter(reference.start.values()))))
     for rows in chunks:
@@ -198,8 +213,9 @@ def _step_parity(
             expected = _expected(reference, step, rows)
             got = _advance(runner, runner.write(carry), names)
             for name, gap in _difference(got, expected).items():
-                if (size := float(gap.max())) > worst.get(name, (-1.0, 0))[0]:
-                    worst[name] = (size, step + 1)
+                size, allowed = float(gap.max()), _allowed(expected[name], tolerance)
+                if size / allowed >= worst[name].error / worst[name].allowed:
+                    worst[name] = Worst(size, allowed, step + 1)
                 tables[step, 0] = max(tables[step, 0], size)
                 tables[step, 1] += share * float(gap.mean()) / len(_difference(got, expected))
             same = got["prediction"] == expected["prediction"]
@@ -215,12 +231,14 @@ def _step_parity(
             if step == 0:
                 shaken = _shake(runner, shaken)
     findings = [
-        Finding(f"parity_{name}", size <= tolerance, f"max error {size:.2e} at step {step}, tolerance {tolerance:.0e}")
-        for name, (size, step) in worst.items()
+        Finding(
+            f"parity_{name}", w.error <= w.allowed, f"max error {w.error:.2e} at step {w.step}, allowed {w.allowed:.1e}"
+        )
+        for name, w in worst.items()
     ]
     detail = f"{wrong_predictions} decided outputs differ from the reference"
     findings.append(Finding("parity_prediction", wrong_predictions == 0, detail))
-    finite = all(size < np.inf for size, _ in worst.values())
+    finite = all(w.error < np.inf for w in worst.values())
     findings.append(Finding("finite", finite, "no NaN or Inf" if finite else "NaN or Inf came out"))
     rows_ = tuple(StepParity(step + 1, *(float(v) for v in tables[step])) for step in range(steps))
     return rows_, findings
@@ -323,6 +341,7 @@ def _slot_independence(runner: Runner, reference: Reference, tolerance: float) -
     worst = 0.0
     for row in range(together.slots):
         alone = _advance(runner, runner.encode(_take(reference.observation, slice(row, row + 1))), names)
-        gaps = _difference(alone, _take(company, slice(row, row + 1)))
-        worst = max([worst, *(float(gap.max()) for gap in gaps.values())])
+        wanted = _take(company, slice(row, row + 1))
+        gaps = _difference(alone, wanted)
+        worst = max([worst, *(float(gap.max()) / _allowed(wanted[name], 1) for name, gap in gaps.items())])
     return Finding("slot_independence", worst <= tolerance, f"alone and in company differ by {worst:.2e}")

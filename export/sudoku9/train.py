@@ -148,7 +148,7 @@ class Trainer:
             torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
-        self.ema = Ema(self.model, 0.999)
+        self.ema = Ema(self.model, args.ema)
         self.step = 0
         self.seconds = 0.0
         self.carry = self._fresh_carry()
@@ -298,6 +298,14 @@ class Trainer:
         plot(run / "log.csv", run / "learning-curve.png")
 
 
+def keep_until(log: Path, step: int) -> None:
+    """Drop what was logged after the state was saved: those steps are about to be taken again."""
+    header, *rows = log.read_text().splitlines(keepends=True)
+    temporary = log.with_suffix(".tmp")
+    temporary.write_text("".join([header, *(row for row in rows if int(row.split(",")[0]) <= step)]))
+    os.replace(temporary, log)
+
+
 def plot(log: Path, image: Path) -> None:
     """Learning curve of a log.csv: validation accuracy and cross-entropy against the optimiser step."""
     import matplotlib
@@ -334,6 +342,7 @@ def main() -> None:
     parser.add_argument("--single-cycle-until", type=int, default=4000, help="train with one H cycle up to this step")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights; less for short runs")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -348,6 +357,7 @@ def main() -> None:
     state, log = args.run / "state.pt", args.run / "log.csv"
     if state.exists():
         trainer.load(state)
+        keep_until(log, trainer.step)
         console.print(f"resumed {state} at step {trainer.step}")
     elif args.init:
         trainer.start_from(args.init)

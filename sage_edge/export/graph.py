@@ -20,12 +20,13 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from sage_edge.errors import GateError
+from sage_edge.errors import GateError, InputError
 from sage_edge.export.hrm import HRM
 from sage_edge.files import replacing
 from sage_edge.specs import SLOTS, TensorSpec
 
 OPSET = 19
+MAX_GRAPH_BYTES = 2**31 - (64 << 20)  # protobuf's limit, less room for the graph itself; external data is refused
 SIGNALS = ("q_halt", "q_continue", "entropy_mean", "entropy_max", "changed", "z_H_change")
 
 # Operators of opset 19 that our models need; all are in onnx-tensorrt's table for TensorRT 10.3.
@@ -150,8 +151,15 @@ def example(specs: Sequence[TensorSpec], slots: int = 2) -> tuple[Tensor, ...]:
 def export_graph(module: nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], path: Path) -> None:
     """Trace `module` over `inputs` and write it to `path` as ONNX with embedded weights.
 
-    Raises GateError when the graph holds an operator outside ALLOWED_OPS or a dynamic axis other than the slots.
+    Raises InputError when its weights exceed what one file holds, GateError when the graph holds an operator outside
+    ALLOWED_OPS or a dynamic axis other than the slots.
     """
+    size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    if size > MAX_GRAPH_BYTES:
+        raise InputError(
+            f"{path.name}: its weights take {size / 1e9:.1f} GB and an ONNX file holds at most 2; "
+            "export with fewer puzzle identifiers (rows of puzzle_emb.weights)"
+        )
     slots = torch.export.Dim(SLOTS, min=1, max=4096)
     noise = io.StringIO()  # the exporter prints progress marks of its own, and logs what it cannot find in torchvision
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
