@@ -10,24 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sage_edge.dataset import Dataset
-from sage_edge.irp.halting import History, parse_policy
+from sage_edge.irp.traces import Traces, steps_taken
 from sage_edge.runtime import Session
 
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Traces:
-    """Everything that policies and reports need of n examples over s steps; no logits are kept.
-
-    signals float32 [n, s, k]; exact bool [n, s] and token_accuracy float [n, s]: how right the prediction after each
-    step is.
-    """
-
-    signals: npt.NDArray[np.float32]
-    exact: npt.NDArray[np.bool_]
-    token_accuracy: Floats
-    names: tuple[str, ...]
+__all__ = ["PolicyScore", "Traces", "collect", "oracle", "per_step", "score", "steps_taken"]
 
 
 @dataclass(frozen=True)
@@ -55,18 +41,6 @@ def collect(session: Session, data: Dataset, steps: int, progress: Callable[[int
             progress(offset + count)
     names = session.runner.model.signals
     return Traces(np.concatenate(signals), np.concatenate(exact), np.concatenate(tokens), names)
-
-
-def steps_taken(traces: Traces, policy: str) -> npt.NDArray[np.int64]:
-    """How many steps each example takes under `policy`, int [n]: the recorded signals are replayed through it."""
-    count, steps = traces.exact.shape
-    decide = parse_policy(policy, steps)
-    taken = np.zeros(count, np.int64)
-    for step in range(1, steps + 1):
-        at = np.full(count, step, np.int64)
-        history = History(traces.signals, at, np.zeros(count), traces.names)
-        taken[(taken == 0) & decide.halts(history)] = step
-    return taken
 
 
 def score(traces: Traces, policy: str, rows: npt.NDArray[np.bool_] | None = None) -> PolicyScore:
