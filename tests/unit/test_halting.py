@@ -54,7 +54,9 @@ def test_a_margin_makes_the_learned_rule_more_careful_or_bolder() -> None:
 
 
 def test_entropy_max_looks_at_the_least_certain_token() -> None:
-    history = History(np.float32([[[0, 0, 0.1, 0, 0.2]], [[0, 0, 0.01, 0, 0.3]]]), np.array([1, 1]), np.zeros(2), NAMES)
+    history = History(
+        np.array([[[0, 0, 0.1, 0, 0.2]], [[0, 0, 0.01, 0, 0.3]]], np.float32), np.array([1, 1]), np.zeros(2), NAMES
+    )
     assert parse_policy("entropy_max:0.25", 9).halts(history).tolist() == [True, False]
 
 
@@ -113,7 +115,8 @@ def test_a_signal_that_the_model_does_not_give_is_named() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "sometimes", "learned:x", "learned:nan", "learned:inf", "learned:1,2", "entropy_max:0", "patience:0", "patience:x", "patience:1.5", "entropy:-1", "entropy:nan", "entropy:inf",
+    ["", "sometimes", "learned:x", "learned:nan", "learned:inf", "learned:1,2", "entropy_max:0",
+     "patience:0", "patience:x", "patience:1.5", "entropy:-1", "entropy:nan", "entropy:inf",
      "slope:0.1", "slope:0.1,0", "slope:0.1,2,3", "deadline:0", "learned or", "or learned", "(learned", "learned)",
      "learned entropy:0.1", "full or learned", "max_steps:0", "max_steps"],
 )  # fmt: skip
