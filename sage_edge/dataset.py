@@ -13,6 +13,7 @@ The prefix `SET__` may be absent for a single set. A folder that holds `test/dat
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,14 @@ class Dataset:
     @property
     def observation(self) -> dict[str, Array]:
         return {"inputs": self.inputs, "puzzle_identifiers": self.puzzle_identifiers}
+
+    @property
+    def sha256(self) -> str:
+        """Digest of what a result can depend on: inputs, labels and identifiers, whatever folder they lie in."""
+        digest = hashlib.sha256(repr(self.inputs.shape).encode())
+        for array in (self.inputs, self.labels, self.puzzle_identifiers):
+            digest.update(np.ascontiguousarray(array, dtype="<i4").tobytes())
+        return digest.hexdigest()
 
     def first(self, count: int | None) -> Dataset:
         """The first `count` examples (all when None)."""

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sage_edge.dataset import Dataset
-from sage_edge.irp.halting import History, parse_policy
+from sage_edge.irp.calibrate import Promise, calibrate
+from sage_edge.irp.certificate import Certificate, certify
+from sage_edge.irp.families import FAMILIES
+from sage_edge.irp.traces import Traces, fires, steps_taken
 from sage_edge.runtime import Session
 
-Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Traces:
-    """Everything that policies and reports need of n examples over s steps; no logits are kept.
-
-    signals float32 [n, s, k]; exact bool [n, s] and token_accuracy float [n, s]: how right the prediction after each
-    step is.
-    """
-
-    signals: npt.NDArray[np.float32]
-    exact: npt.NDArray[np.bool_]
-    token_accuracy: Floats
-    names: tuple[str, ...]
+__all__ = ["PolicyScore", "Traces", "collect", "oracle", "per_step", "score", "steps_taken"]
 
 
 @dataclass(frozen=True)
@@ -55,18 +45,6 @@ def collect(session: Session, data: Dataset, steps: int, progress: Callable[[int
             progress(offset + count)
     names = session.runner.model.signals
     return Traces(np.concatenate(signals), np.concatenate(exact), np.concatenate(tokens), names)
-
-
-def steps_taken(traces: Traces, policy: str) -> npt.NDArray[np.int64]:
-    """How many steps each example takes under `policy`, int [n]: the recorded signals are replayed through it."""
-    count, steps = traces.exact.shape
-    decide = parse_policy(policy, steps)
-    taken = np.zeros(count, np.int64)
-    for step in range(1, steps + 1):
-        at = np.full(count, step, np.int64)
-        history = History(traces.signals, at, np.zeros(count), traces.names)
-        taken[(taken == 0) & decide.halts(history)] = step
-    return taken
 
 
 def score(traces: Traces, policy: str, rows: npt.NDArray[np.bool_] | None = None) -> PolicyScore:
@@ -110,3 +88,42 @@ def per_step(traces: Traces) -> list[dict[str, Any]]:
         }
         for step in range(traces.exact.shape[1])
     ]
+
+
+def certificate_for(
+    session: Session, engine: Path, data: Dataset, promise: Promise, families: Sequence[str] = FAMILIES,
+    progress: Callable[[int], None] | None = None,
+) -> Certificate:  # fmt: skip
+    """Calibrate the engine in the folder `engine`, open in `session`, on `data`; nothing is written.
+
+    Raises InputError when the data cannot carry the promise.
+    """
+    model = session.runner.model
+    traces = collect(session, data, model.max_steps, progress)
+    calibration = calibrate(traces, promise, families)
+    return certify(calibration, promise, tuple(families), engine=engine, data_sha256=data.sha256, items=len(data),
+                   max_steps=model.max_steps)  # fmt: skip
+
+
+def certified_scores(traces: Traces, certificate: Certificate) -> list[PolicyScore]:
+    """Each family as certified alone, then the certificate's choice, on (other) traces."""
+    alone = [
+        replace(score(traces, c.policy), policy=f"{c.family}, certified: {c.policy}") for c in certificate.families
+    ]
+    chosen = replace(score(traces, certificate.policy), policy=f"certified: {certificate.policy}")
+    return [*alone, chosen]
+
+
+def acceptance_score(traces: Traces, certificate: Certificate) -> dict[str, Any] | None:
+    """Coverage and accuracy of settled answers under the certificate; None when it says nothing of acceptance."""
+    if certificate.acceptance is None:
+        return None
+    taken = steps_taken(traces, certificate.policy)
+    settled = fires(traces, certificate.acceptance.policy, taken)
+    exact = traces.exact[np.arange(len(traces)), taken - 1]
+    return {
+        "policy": certificate.acceptance.policy, "rate": certificate.acceptance.rate, "examples": len(traces),
+        "coverage": float(settled.mean()),
+        "settled_exact": float(exact[settled].mean()) if settled.any() else None,
+        "unsettled_exact": float(exact[~settled].mean()) if (~settled).any() else None,
+    }  # fmt: skip

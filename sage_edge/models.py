@@ -14,6 +14,7 @@ from sage_edge.engines.manifest import MANIFEST_FILE
 from sage_edge.engines.runner import Runner
 from sage_edge.errors import InputError, MissingDependencyError
 from sage_edge.files import sha256
+from sage_edge.irp.certificate import load_certificate
 from sage_edge.runtime import Session
 
 Progress = Callable[[str], None]
@@ -98,10 +99,19 @@ def open_for_check(target: str, progress: Progress = lambda stage: None) -> tupl
     return open_bundle(bundle), bundle
 
 
+def open_session(target: str, threads: int | None = None, progress: Progress = lambda stage: None) -> Session:
+    """A session, not yet entered, for whatever `target` names, with the engine's certificate if it has one.
+
+    Raises what `engine_of`, `open_engine` and `load_certificate` raise.
+    """
+    folder = engine_of(target, progress=progress)
+    return Session(open_engine(folder, threads), load_certificate(folder))
+
+
 def load(target: str, threads: int | None = None) -> Session:
     """Open an engine, a bundle, a model folder or a shipped model by name; use it as a context manager.
 
     threads: CPU threads (default: the engine's own, else all usable cores). Raises InputError when `target` names
     nothing usable, IntegrityError for a changed file, GateError when a model that had to be built fails its gate.
     """
-    return Session(open_runner(target, threads))
+    return open_session(target, threads)

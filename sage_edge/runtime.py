@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sage_edge.engines.runner import Runner
+from sage_edge.errors import InputError
+from sage_edge.irp.certificate import CERTIFIED, Certificate, uses_certificate
 from sage_edge.irp.halting import AnyOf, History, MaxSteps, Policy, parse_policy
 from sage_edge.specs import Array
 
@@ -20,7 +22,8 @@ class Answer:
 
     prediction: the `prediction` output of decode for this request (for HRM int32 [seq_len]); steps: refinement steps
     taken; reason: the policy that stopped it; trace: float32 [steps, k], the signals after each step; signals: their
-    names; milliseconds: from admission to answer.
+    names; milliseconds: from admission to answer; settled: False where the certificate's acceptance is not sure enough of
+    the prediction, which is then only the best so far (always True without one).
     """
 
     prediction: Array
@@ -29,18 +32,20 @@ class Answer:
     trace: npt.NDArray[np.float32]
     signals: tuple[str, ...]
     milliseconds: float
+    settled: bool = True
 
 
 class Session:
     """A loaded engine that answers requests; the door for a robot's own program.
 
     with sage_edge.load("sudoku9") as session:
-        for answer in session.infer({"inputs": puzzles}, halt="learned"):
+        for answer in session.infer({"inputs": puzzles}):
             print(answer.prediction, answer.steps, answer.reason)
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, certificate: Certificate | None = None) -> None:
         self.runner = runner
+        self.certificate = certificate
 
     def __enter__(self) -> Session:
         self.runner.activate()
@@ -49,33 +54,51 @@ class Session:
     def __exit__(self, *exception: object) -> None:
         self.runner.deactivate()
 
-    def policy(self, halt: str | Policy, max_steps: int | None = None) -> Policy:
-        """The policy that `halt` names, never beyond `max_steps` (the model's own when None). Raises InputError."""
+    @property
+    def default_halt(self) -> str:
+        """`certified` for an engine with a certificate, else `learned`."""
+        return CERTIFIED if self.certificate else "learned"
+
+    def policy(self, halt: str | Policy | None = None, max_steps: int | None = None) -> Policy:
+        """The policy that `halt` names (None: the default), never beyond `max_steps` (the model's own when None).
+
+        Raises InputError, also for `certified` on an engine that has no certificate.
+        """
         limit = max_steps or self.runner.model.max_steps
+        halt = self.default_halt if halt is None else halt
+        if isinstance(halt, str) and uses_certificate(halt):
+            if self.certificate is None:
+                raise InputError(
+                    f"halting policy {halt!r}: this engine has no certificate; `sage-edge calibrate ENGINE --data DIR` makes one"
+                )
+            halt = self.certificate.expand(halt)
         return AnyOf((halt, MaxSteps(limit))) if isinstance(halt, Policy) else parse_policy(halt, limit)
 
     def infer(
         self,
         observation: dict[str, Array],
-        halt: str | Policy = "learned",
+        halt: str | Policy | None = None,
         max_steps: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Answer]:
         """Answers to n requests, in their order; any n, cut into batches of the engine's slots.
 
+        halt: a policy or its text; by default the engine's certified policy, else `learned`.
         observation: arrays by name, first axis the requests (HRM: `inputs` int32 [n, seq_len], optional
         `puzzle_identifiers` int32 [n]). Raises InputError for bad arrays or an unknown policy.
         """
         policy = self.policy(halt, max_steps)
+        certified = self.certificate is not None and (halt is None or uses_certificate(halt))
+        accepts = self.certificate.accepts() if certified and self.certificate else None
         checked = self.runner.model.validate_observation(observation)
         answers: list[Answer] = []
         for batch in batches(checked, self.runner.slots):
-            answers += self._answer(batch, policy)
+            answers += self._answer(batch, policy, accepts)
             if progress:
                 progress(len(answers))
         return answers
 
-    def _answer(self, batch: dict[str, Array], policy: Policy) -> list[Answer]:
+    def _answer(self, batch: dict[str, Array], policy: Policy, accepts: Policy | None) -> list[Answer]:
         runner, model = self.runner, self.runner.model
         began = time.perf_counter()
         state = runner.encode(batch)
@@ -95,12 +118,14 @@ class Session:
             stopped = [row for row, reason in enumerate(reasons) if reason]
             if not stopped:
                 continue
+            settled = np.ones(len(active), bool) if accepts is None else accepts.halts(history)
             predictions = runner.decode(state)["prediction"]
             elapsed = (time.perf_counter() - began) * 1e3
             for row in stopped:
                 slot = int(active[row])
+                trace = signals[slot, :step].copy()
                 answers[slot] = Answer(
-                    predictions[row], step, reasons[row], signals[slot, :step].copy(), model.signals, elapsed
+                    predictions[row], step, reasons[row], trace, model.signals, elapsed, bool(settled[row])
                 )
             going = [row for row, reason in enumerate(reasons) if not reason]
             active = active[going]

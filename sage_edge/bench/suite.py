@@ -27,12 +27,16 @@ from sage_edge.engines.build import open_engine
 from sage_edge.engines.manifest import load_manifest
 from sage_edge.engines.runner import Runner
 from sage_edge.errors import InputError, MissingDependencyError
-from sage_edge.evaluate import collect, oracle, score
+from sage_edge.evaluate import acceptance_score, certificate_for, certified_scores, collect, oracle, score
+from sage_edge.irp.calibrate import Promise
+from sage_edge.irp.certificate import load_certificate, save_certificate
+from sage_edge.irp.families import FAMILIES
+from sage_edge.irp.traces import Traces
 from sage_edge.models import bundle_of, engine_of, locate, shipped
 from sage_edge.runtime import Answer, Session
 from sage_edge.specs import Array, HRMConfig
 
-POLICIES = ("full", "learned", "patience:1", "entropy:0.05", "slope:0.01,3")
+POLICIES = ("full", "learned")
 Report = dict[str, Any]
 Progress = Callable[[str, float], None]
 
@@ -62,8 +66,16 @@ class Case:
             raise ValueError("batches, examples, cold_runs and seconds must be positive")
 
 
-def run_case(case: Case, threads: int, with_peers: bool, progress: Progress) -> Report:
-    """Measure one case. Raises what building and loading raise, MissingDependencyError when peers lack their packages."""
+def run_case(
+    case: Case, threads: int, with_peers: bool, progress: Progress, plots: Path | None = None, recalibrate: bool = True
+) -> Report:
+    """Measure one case.
+
+    An engine without a certificate is calibrated first on the shipped model's own calibration split, if it has one, and
+    keeps the certificate (`recalibrate` False: it is left as it is). plots: folder for pictures.
+
+    Raises what building and loading raise, MissingDependencyError when peers lack their packages.
+    """
     began = time.perf_counter()
     with TemporaryDirectory(prefix="sage-edge-bench-") as temporary:
         progress("build the engine", 0)
@@ -79,7 +91,10 @@ def run_case(case: Case, threads: int, with_peers: bool, progress: Progress) -> 
             "machine": asdict(machine()), "threads": threads, "python": platform.python_version(),
             "versions": {"sage-edge": __version__, "onnxruntime": version("onnxruntime"), **peer_module.available()},
         }  # fmt: skip
-        with Session(runner) as session:
+        with Session(runner, load_certificate(folder)) as session:
+            if recalibrate and session.certificate is None:
+                report["not_calibrated"] = _calibrate(session, case, folder, progress)
+            report["certificate"] = asdict(session.certificate) if session.certificate else None
             observation = _observation(runner, data, max(*case.batches, 64))
             progress("GEMM ceiling", 0)
             ceiling = gemm_ceiling(threads)
@@ -94,7 +109,12 @@ def run_case(case: Case, threads: int, with_peers: bool, progress: Progress) -> 
                 for row in _answers(session, contestants, observation, batch, case.seconds, progress)
             ]
             if data is not None:
-                report["accuracy"] = _accuracy(session, data, progress)
+                report["accuracy"], traces = _accuracy(session, data, progress)
+                if plots:
+                    from sage_edge.bench.plots import draw
+
+                    title = f"{case.name}, {len(data)} held-out examples"
+                    report["plots"] = [str(p) for p in draw(traces, session.certificate, plots, title)]
         progress("cold start", 0)
         one = {name: array[:1] for name, array in observation.items()}
         report["cold_start"] = asdict(cold_start(folder, one, Path(temporary), case.cold_runs))
@@ -124,6 +144,23 @@ def _data(case: Case) -> Dataset | None:
         return load_dataset(Path(case.data)).first(case.examples)
     own = shipped(case.engine) if case.engine else None
     return load_dataset(own / "data").first(case.examples) if own and (own / "data").is_dir() else None
+
+
+def _calibrate(session: Session, case: Case, folder: Path, progress: Progress) -> str | None:
+    """Give a shipped model's engine the certificate that `sage-edge calibrate` would, once; or say why there is none."""
+    own = shipped(case.engine) if case.engine else None
+    if own is None or not (own / "data" / "calibration" / "dataset.json").is_file():
+        return "no calibration data comes with this model; `sage-edge calibrate ENGINE --data DIR`"
+    data = load_dataset(own / "data" / "calibration")
+    title = f"calibrate halting on {len(data)} examples (once for this engine)"
+    progress(title, 0)
+    try:
+        made = certificate_for(session, folder, data, Promise(), FAMILIES, lambda n: progress(title, n / len(data)))
+    except InputError as error:  # this model or this data cannot carry the default promise
+        return str(error)
+    save_certificate(folder, made)
+    session.certificate = made
+    return None
 
 
 def _observation(runner: Runner, data: Dataset | None, count: int) -> dict[str, Array]:
@@ -185,7 +222,7 @@ def _answers(
     session: Session, contestants: dict[str, peer_module.Peer], observation: dict[str, Array], batch: int,
     seconds: float, progress: Progress,
 ) -> list[Report]:  # fmt: skip
-    """From request to answer, `batch` requests at a time: ours under two policies, and the peers to the last step.
+    """From request to answer, `batch` requests at a time: ours under each policy, and the peers to the last step.
 
     The peers' way is the original one: every sequence of a batch runs to the last step.
     """
@@ -194,6 +231,8 @@ def _answers(
     runner = session.runner
     total = len(next(iter(observation.values())))
     answered: dict[str, list[Answer]] = {"full": [], "learned": []}
+    if session.certificate:
+        answered["certified"] = []
 
     def ours(policy: str) -> Callable[[], object]:
         def run() -> object:
@@ -224,17 +263,20 @@ def _answers(
     return rows
 
 
-def _accuracy(session: Session, data: Dataset, progress: Progress) -> Report:
+def _accuracy(session: Session, data: Dataset, progress: Progress) -> tuple[Report, Traces]:
     title = f"accuracy on {len(data)} held-out examples"
     progress(title, 0)
     steps = session.runner.model.max_steps
     traces = collect(session, data, steps, lambda done: progress(title, done / len(data)))
     full = score(traces, "full")
     rows = []
-    for item in (*(score(traces, policy) for policy in POLICIES), oracle(traces)):
+    own = session.certificate
+    certified = certified_scores(traces, own) if own else []
+    for item in (*(score(traces, policy) for policy in POLICIES), *certified, oracle(traces)):
         lost = 100 * (full.exact_accuracy - item.exact_accuracy)
         rows.append({**asdict(item), "points_lost": lost, "steps_saved": 1 - item.mean_steps / full.mean_steps})
-    return {"data": str(data.path), "examples": len(data), "policies": rows}
+    settled = acceptance_score(traces, own) if own else None
+    return {"data": str(data.path), "examples": len(data), "policies": rows, "settled": settled}, traces
 
 
 def _commit() -> str | None:

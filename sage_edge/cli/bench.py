@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sage_edge.cli.evaluate import settled_line
 from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table
 from sage_edge.config import load_yaml
 from sage_edge.device import usable_cores
@@ -21,11 +22,13 @@ def add(subparsers: Subparsers) -> None:
     parser = command(
         subparsers, "bench", run, "latency, accuracy and what early halting saves, on this machine",
         "Measure the shipped model (or ENGINE, or a case) here: latency of a step and of an answer, answers per second,\n"
-        "exact accuracy and steps for full steps and for each halting policy on held-out data, cold start, memory, and\n"
+        "exact accuracy and steps on held-out data for full steps, the learned rule, each family of policies as certified, and\n"
+        "the oracle (fewest steps at which the answer is right; nobody can have it), cold start, memory, and\n"
         "the share of the machine's measured GEMM ceiling that a step reaches.\n\n"
         "  sage-edge bench                                             the shipped model\n"
         "  sage-edge bench --peers                                     beside PyTorch and OpenVINO (sage-edge[peers])\n"
         "  sage-edge bench --case benchmarks/cases/hrm-27m.yaml --peers  the paper's size, random weights\n\n"
+        "The shipped model's engine is calibrated first if it has no certificate yet (see `sage-edge calibrate`).\n"
         "The report is written to benchmarks/results/ below the current folder, or to --output.",
     )  # fmt: skip
     parser.add_argument("engine", metavar="ENGINE", nargs="?", help=f"default: {REFERENCE_MODEL}")
@@ -34,6 +37,8 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument("--data", metavar="DIR", help="dataset for the accuracy (default: the model's own test split)")
     parser.add_argument("--examples", metavar="N", type=positive, help="how many of it (default 512)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all usable cores)")
+    parser.add_argument("--plots", metavar="DIR", type=Path, help="write threshold.png, energy.png and steps.png there")
+    parser.add_argument("--no-calibrate", action="store_true", help="do not calibrate an engine without a certificate")
     parser.add_argument("--output", metavar="JSON", type=Path, help="where to write the report")
 
 
@@ -50,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         case = replace(case, examples=arguments.examples)
     threads = arguments.threads or usable_cores()
     with _progress() as progress:
-        report = run_case(case, threads, arguments.peers, progress)
+        report = run_case(case, threads, arguments.peers, progress, arguments.plots, not arguments.no_calibrate)
     architecture = report["machine"]["architecture"]
     commit = (report["commit"] or "release")[:10]
     path = arguments.output or Path("benchmarks/results") / f"{case.name}-{architecture}-{commit}.json"
@@ -59,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(report)
     else:
         show(report)
+        for plot in report.get("plots", []):
+            print(f"plot: {plot}")
         print(f"report: {path}")
     return 0
 
@@ -125,3 +132,11 @@ def show(report: dict[str, Any]) -> None:
                  f"{p['mean_steps']:.2f}", f"{p['steps_saved']:.0%}") for p in accuracy["policies"]]  # fmt: skip
         print_table(f"what halting early saved and cost, {accuracy['examples']} held-out examples",
                     ("halting", "exact", "± s.e.", "points lost", "mean steps", "steps saved"), rows)  # fmt: skip
+        if accuracy["settled"]:
+            print(settled_line(accuracy["settled"]))
+        if certificate := report["certificate"]:
+            print(f"certified: mean {certificate['loss']} at most {certificate['max_loss']:g} with confidence "
+                  f"{certificate['confidence']:g}, from {certificate['items_total']} calibration items; each family's promise "
+                  "is for itself")  # fmt: skip
+        elif report.get("not_calibrated"):
+            print(f"no certified policy: {report['not_calibrated']}")

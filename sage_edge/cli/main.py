@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from sage_edge import __version__
-from sage_edge.cli import bench, build, check, doctor, evaluate, export, run
+from sage_edge.cli import bench, build, calibrate, check, doctor, evaluate, export, run
 from sage_edge.errors import SageError
 
 DESCRIPTION = """\
@@ -21,9 +21,10 @@ ENGINE below is an engine, a bundle, a model folder, or the name of a shipped mo
 way is built and kept in the engine cache ($SAGE_EDGE_CACHE, default ~/.cache/sage-edge).
 
 first steps:
-  sage-edge doctor                      what this machine has and lacks
-  sage-edge bench                       latency and accuracy of the shipped model, here
-  sage-edge run sudoku9 --inputs in.npz --outputs out.npz --halt learned
+  sage-edge doctor                        what this machine has and lacks
+  sage-edge bench                         latency and accuracy of the shipped model, here
+  sage-edge calibrate sudoku9 --data DIR  a halting policy whose loss is certified on held-out data
+  sage-edge run sudoku9 --inputs in.npz --outputs out.npz
 """
 EPILOG = "exit codes: 0 ok; 1 a gate or a check failed; 2 wrong use or bad input. Every report takes --json."
 
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"sage-edge {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (doctor, export, build, check, run, evaluate, bench):
+    for command in (doctor, export, build, check, calibrate, run, evaluate, bench):
         command.add(commands)
     return top
 

@@ -12,7 +12,7 @@ from sage_edge.arrays import read_npz, write_npz
 from sage_edge.cli.output import Subparsers, bar, command, positive, print_json, stages
 from sage_edge.files import write_atomic
 from sage_edge.irp.halting import HELP
-from sage_edge.models import open_runner
+from sage_edge.models import open_session
 from sage_edge.runtime import Session
 from sage_edge.specs import Array
 
@@ -21,15 +21,18 @@ def add(subparsers: Subparsers) -> None:
     parser = command(
         subparsers, "run", run, "answer the requests in an .npz file",
         "Read arrays named as the model's observation (HRM: `inputs` int [n, seq_len], optional `puzzle_identifiers`\n"
-        "int [n]) and write `prediction` [n, ...], `steps` int32 [n] and `halt_reason` [n].\n"
+        "int [n]) and write `prediction` [n, ...], `steps` int32 [n], `halt_reason` [n]\n"
+        "and `settled` bool [n]: False where the certificate's acceptance is not sure enough of the prediction.\n"
         "With --all-steps every step runs and `logits_K`, `q_halt_K`, `q_continue_K` (K = 1..N) are written as well;\n"
-        "prediction, steps and halt_reason remain those of the halting policy.\n\n"
-        f"halting policies: {HELP}",
+        "prediction, steps, halt_reason and settled remain those of the halting policy.\n\n"
+        f"halting policies: {HELP};\n`certified` is the policy of the engine's certificate (see `sage-edge calibrate`).",
     )  # fmt: skip
     parser.add_argument("engine", metavar="ENGINE")
     parser.add_argument("--inputs", metavar="NPZ", type=Path, required=True)
     parser.add_argument("--outputs", metavar="NPZ", type=Path, required=True)
-    parser.add_argument("--halt", metavar="POLICY", default="learned", help="default: learned")
+    parser.add_argument(
+        "--halt", metavar="POLICY", help="default: `certified` when the engine has a certificate, else `learned`"
+    )
     parser.add_argument(
         "--max-steps", metavar="N", type=positive, help="never more steps than this (default: the model's)"
     )
@@ -43,34 +46,40 @@ def add(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     observation = read_npz(arguments.inputs)
     with stages("build") as progress:
-        runner = open_runner(arguments.engine, arguments.threads, progress)
-    with Session(runner) as session:
+        opened = open_session(arguments.engine, arguments.threads, progress)
+    with opened as session:
+        runner = session.runner
         checked = runner.model.validate_observation(observation, str(arguments.inputs))
-        policy = session.policy(arguments.halt, arguments.max_steps)
+        session.policy(arguments.halt, arguments.max_steps)  # before anything runs
         count = len(next(iter(checked.values())))
         with bar("requests", count) as progress_bar:
-            answers = session.infer(checked, policy, arguments.max_steps, progress_bar)
+            answers = session.infer(checked, arguments.halt, arguments.max_steps, progress_bar)
         outputs: dict[str, Array] = {
             "prediction": np.stack([a.prediction for a in answers]),
             "steps": np.array([a.steps for a in answers], np.int32),
             "halt_reason": np.array([a.reason for a in answers]),
+            "settled": np.array([a.settled for a in answers]),
         }
         if arguments.all_steps:
             outputs |= _all_steps(session, checked, arguments.max_steps or runner.model.max_steps)
     write_npz(arguments.outputs, outputs)
     if arguments.trace:
         lines = (
-            json.dumps({"request": i, "steps": a.steps, "halt_reason": a.reason, "milliseconds": round(a.milliseconds, 3),
+            json.dumps({"request": i, "steps": a.steps, "halt_reason": a.reason, "settled": a.settled,
+                        "milliseconds": round(a.milliseconds, 3),
                         "signals": {name: [float(v) for v in a.trace[:, k]] for k, name in enumerate(a.signals)}})
             for i, a in enumerate(answers)
         )  # fmt: skip
         write_atomic(arguments.trace, "".join(line + "\n" for line in lines))
     mean = float(np.mean(outputs["steps"]))
+    unsettled = int((~outputs["settled"]).sum())
     if arguments.json:
         reasons = {str(k): int(v) for k, v in zip(*np.unique(outputs["halt_reason"], return_counts=True), strict=True)}
-        print_json({"requests": count, "mean_steps": mean, "halt_reasons": reasons, "outputs": str(arguments.outputs)})
+        print_json({"requests": count, "mean_steps": mean, "halt_reasons": reasons, "unsettled": unsettled,
+                    "outputs": str(arguments.outputs)})  # fmt: skip
     else:
-        print(f"{arguments.outputs}: {count} answers, {mean:.2f} steps on average")
+        note = f", {unsettled} unsettled" if unsettled else ""
+        print(f"{arguments.outputs}: {count} answers, {mean:.2f} steps on average{note}")
     return 0
 
 

@@ -1,7 +1,8 @@
 """Halting policies: pure functions over the history of signals.
 
-A policy is written as text: `learned`, `patience:2`, `entropy:0.05`, `slope:0.01,3`, `max_steps:6`, `deadline:20`, joined
-with `and`, `or` and parentheses, e.g. `learned or deadline:20`. The model's own maximum of steps always holds as well.
+A policy is written as text: `learned`, `learned:1.5`, `patience:2`, `entropy:0.05`, `entropy_max:0.3`, `slope:0.01,3`,
+`max_steps:6`, `deadline:20`, joined with `and`, `or` and parentheses, e.g. `learned or deadline:20`. The model's own
+maximum of steps always holds as well. The text of a policy reads back as the same policy, to the last bit of a threshold.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class History:
         return known
 
 
+def number(value: float) -> str:
+    """The shortest text that reads back as `value`."""
+    return short if float(short := f"{value:g}") == value else repr(value)
+
+
 class Policy(ABC):
     """Decides for every request whether it is done. Stateless: the same history always gives the same decision."""
 
@@ -74,13 +80,18 @@ class MaxSteps(Policy):
 
 @dataclass(frozen=True)
 class Learned(Policy):
-    """Stop when the model's own halting head says so: q_halt > q_continue (arXiv 2506.21734, adaptive computation)."""
+    """Stop when the model's own halting head says so: q_halt > q_continue (arXiv 2506.21734, adaptive computation).
+
+    A `margin` (logits, any sign) asks for q_halt - q_continue > margin instead: larger is more careful.
+    """
+
+    margin: float = 0.0
 
     def halts(self, history: History) -> Bools:
-        return history.at("q_halt") > history.at("q_continue")
+        return history.at("q_halt") - history.at("q_continue") > self.margin
 
     def __str__(self) -> str:
-        return "learned"
+        return f"learned:{number(self.margin)}" if self.margin else "learned"
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,20 @@ class Entropy(Policy):
         return history.at("entropy_mean") < self.threshold
 
     def __str__(self) -> str:
-        return f"entropy:{self.threshold:g}"
+        return f"entropy:{number(self.threshold)}"
+
+
+@dataclass(frozen=True)
+class EntropyMax(Policy):
+    """Stop when even the least certain token has an entropy (nats) below `threshold`."""
+
+    threshold: float
+
+    def halts(self, history: History) -> Bools:
+        return history.at("entropy_max") < self.threshold
+
+    def __str__(self) -> str:
+        return f"entropy_max:{number(self.threshold)}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +149,7 @@ class Slope(Policy):
         return fall < self.epsilon  # NaN, where the window is not full, compares false
 
     def __str__(self) -> str:
-        return f"slope:{self.epsilon:g},{self.window}"
+        return f"slope:{number(self.epsilon)},{self.window}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +162,7 @@ class Deadline(Policy):
         return history.elapsed_ms >= self.milliseconds
 
     def __str__(self) -> str:
-        return f"deadline:{self.milliseconds:g}"
+        return f"deadline:{number(self.milliseconds)}"
 
 
 @dataclass(frozen=True)
@@ -174,8 +198,8 @@ class AllOf(Policy):
 
 
 HELP = (
-    "learned | patience:STEPS | entropy:NATS | slope:EPSILON,WINDOW | deadline:MS | max_steps:N | full, "
-    "joined with `and`, `or` and parentheses"
+    "learned[:MARGIN] | patience:STEPS | entropy:NATS | entropy_max:NATS | slope:EPSILON,WINDOW | deadline:MS | "
+    "max_steps:N | full, joined with `and`, `or` and parentheses"
 )
 
 
@@ -244,13 +268,18 @@ def _build(name: str, arguments: list[str]) -> Policy:
     if name == "slope":
         epsilon, window = arguments or ("0.01", "3")
         return Slope(positive(epsilon), whole(window))
-    if name == "learned" and not arguments:
-        return Learned()
-    (value,) = arguments or {"patience": ("2",), "entropy": ("0.05",)}[name]
+    if name == "learned":
+        (margin,) = arguments or ("0",)
+        if not abs(float(margin)) < float("inf"):
+            raise ValueError(margin)
+        return Learned(float(margin))
+    (value,) = arguments or {"patience": ("2",), "entropy": ("0.05",), "entropy_max": ("0.1",)}[name]
     if name == "patience":
         return Patience(whole(value))
     if name == "entropy":
         return Entropy(positive(value))
+    if name == "entropy_max":
+        return EntropyMax(positive(value))
     if name == "deadline":
         return Deadline(positive(value))
     if name == "max_steps":

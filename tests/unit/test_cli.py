@@ -13,7 +13,7 @@ import pytest
 from sage_edge.cli.main import main
 from tests.conftest import TINY
 
-COMMANDS = ("doctor", "export", "build", "check", "run", "eval", "bench")
+COMMANDS = ("doctor", "export", "build", "check", "calibrate", "run", "eval", "bench")
 
 
 def inputs(count: int = 5) -> np.ndarray:
@@ -78,7 +78,7 @@ def test_run_writes_predictions_steps_and_reasons(
     report = json.loads(capsys.readouterr().out)
     assert report["halt_reasons"] == {"max_steps:2": 5}
     with np.load(out) as arrays:
-        assert set(arrays.files) == {"prediction", "steps", "halt_reason"} | {
+        assert set(arrays.files) == {"prediction", "steps", "halt_reason", "settled"} | {
             f"{name}_{k}" for name in ("logits", "q_halt", "q_continue") for k in range(1, 5)
         }
         assert arrays["steps"].tolist() == [2] * 5

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sage_edge.errors import InputError
 from sage_edge.irp.halting import History, parse_policy
 
-NAMES = ("q_halt", "q_continue", "entropy_mean", "changed")
+NAMES = ("q_halt", "q_continue", "entropy_mean", "changed", "entropy_max")
 
 
 Values = list[float] | None
@@ -45,6 +45,19 @@ def stops_at(
 
 def test_learned_stops_when_halting_beats_continuing() -> None:
     assert stops_at("learned", q_halt=[-1, 0, 0.1, 5]) == (3, "learned")
+
+
+def test_a_margin_makes_the_learned_rule_more_careful_or_bolder() -> None:
+    assert stops_at("learned:0.5", q_halt=[-1, 0.5, 0.6]) == (3, "learned:0.5")
+    assert stops_at("learned:-2", q_halt=[-3, -1.5, 0.6]) == (2, "learned:-2")
+    assert str(parse_policy("learned:0", 9)) == str(parse_policy("learned", 9))
+
+
+def test_entropy_max_looks_at_the_least_certain_token() -> None:
+    history = History(
+        np.array([[[0, 0, 0.1, 0, 0.2]], [[0, 0, 0.01, 0, 0.3]]], np.float32), np.array([1, 1]), np.zeros(2), NAMES
+    )
+    assert parse_policy("entropy_max:0.25", 9).halts(history).tolist() == [True, False]
 
 
 def test_patience_needs_that_many_unchanged_steps() -> None:
@@ -102,7 +115,8 @@ def test_a_signal_that_the_model_does_not_give_is_named() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "sometimes", "learned:3", "patience:0", "patience:x", "patience:1.5", "entropy:-1", "entropy:nan", "entropy:inf",
+    ["", "sometimes", "learned:x", "learned:nan", "learned:inf", "learned:1,2", "entropy_max:0",
+     "patience:0", "patience:x", "patience:1.5", "entropy:-1", "entropy:nan", "entropy:inf",
      "slope:0.1", "slope:0.1,0", "slope:0.1,2,3", "deadline:0", "learned or", "or learned", "(learned", "learned)",
      "learned entropy:0.1", "full or learned", "max_steps:0", "max_steps"],
 )  # fmt: skip
@@ -113,6 +127,8 @@ def test_what_is_not_a_policy_is_quoted_back(text: str) -> None:
 
 LEAVES = st.one_of(
     st.just("learned"),
+    st.floats(-50, 50).map(lambda v: f"learned:{v!r}"),
+    st.floats(1e-12, 5).map(lambda v: f"entropy_max:{v!r}"),
     st.integers(1, 9).map(lambda n: f"patience:{n}"),
     st.integers(1, 9).map(lambda n: f"max_steps:{n}"),
     st.sampled_from([0.001, 0.05, 1.5]).map(lambda v: f"entropy:{v:g}"),
@@ -131,6 +147,7 @@ def test_the_text_of_a_policy_reads_back_as_the_same_policy(text: str, limit: in
     history = History(signals, rng.integers(1, 13, 20), np.zeros(20), NAMES)
     policy = parse_policy(text, limit)
     again = parse_policy(str(policy), limit)
+    assert str(again).startswith(str(policy))  # the limit of steps is added once more
     np.testing.assert_array_equal(policy.halts(history), again.halts(history))
     reasons = policy.reasons(history)
     assert [bool(r) for r in reasons] == policy.halts(history).tolist()
