@@ -135,7 +135,8 @@ def export_bundle(
         )
         save_bundle(folder, bundle)
         progress("gate")
-        with OrtRunner(folder, bundle.model, count, usable_cores(), optimized=True) as runner:
+        digest = sha256(folder / BUNDLE_FILE)
+        with OrtRunner(folder, bundle.model, count, usable_cores(), optimized=True, digest=digest) as runner:
             report = check(runner, load_reference(folder / "reference.npz"))
         if not report.passed:
             reasons = "; ".join(f"{f.name}: {f.detail}" for f in report.failures)
