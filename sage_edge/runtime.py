@@ -1,34 +1,17 @@
-"""The loop: requests in, answers out, each with as many steps as its halting policy asks for."""
+"""A loaded engine that answers requests, each with as many steps as its halting policy asks for."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from sage_edge.engines.runner import Runner
-from sage_edge.irp.halting import AnyOf, History, MaxSteps, Policy, parse_policy
+from sage_edge.irp.halting import Policy
+from sage_edge.pool import Answer, Pool, Ticket, limited
 from sage_edge.specs import Array
 
-
-@dataclass(frozen=True)
-class Answer:
-    """What one request got.
-
-    prediction: the `prediction` output of decode for this request (for HRM int32 [seq_len]); steps: refinement steps
-    taken; reason: the policy that stopped it; trace: float32 [steps, k], the signals after each step; signals: their
-    names; milliseconds: from admission to answer.
-    """
-
-    prediction: Array
-    steps: int
-    reason: str
-    trace: npt.NDArray[np.float32]
-    signals: tuple[str, ...]
-    milliseconds: float
+__all__ = ["Answer", "Session"]
 
 
 class Session:
@@ -51,8 +34,7 @@ class Session:
 
     def policy(self, halt: str | Policy, max_steps: int | None = None) -> Policy:
         """The policy that `halt` names, never beyond `max_steps` (the model's own when None). Raises InputError."""
-        limit = max_steps or self.runner.model.max_steps
-        return AnyOf((halt, MaxSteps(limit))) if isinstance(halt, Policy) else parse_policy(halt, limit)
+        return limited(halt, max_steps or self.runner.model.max_steps)
 
     def infer(
         self,
@@ -61,52 +43,26 @@ class Session:
         max_steps: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Answer]:
-        """Answers to n requests, in their order; any n, cut into batches of the engine's slots.
+        """Answers to n requests, in their order; any n. A slot whose request halts takes the next one (see `pool`).
 
         observation: arrays by name, first axis the requests (HRM: `inputs` int32 [n, seq_len], optional
         `puzzle_identifiers` int32 [n]). Raises InputError for bad arrays or an unknown policy.
         """
         policy = self.policy(halt, max_steps)
         checked = self.runner.model.validate_observation(observation)
-        answers: list[Answer] = []
-        for batch in batches(checked, self.runner.slots):
-            answers += self._answer(batch, policy)
+        pool = Pool(self.runner)
+        tickets: list[Ticket] = []
+        for row in range(len(next(iter(checked.values())))):
+            while pool.waiting > self.runner.slots:  # enough to fill every slot; more would only make the queue long
+                pool.tick()
+                if progress:
+                    progress(pool.stats.answered)
+            tickets.append(pool.submit({name: array[row] for name, array in checked.items()}, policy, max_steps))
+        while not pool.idle:
+            pool.tick()
             if progress:
-                progress(len(answers))
-        return answers
-
-    def _answer(self, batch: dict[str, Array], policy: Policy) -> list[Answer]:
-        runner, model = self.runner, self.runner.model
-        began = time.perf_counter()
-        state = runner.encode(batch)
-        active = np.arange(state.slots)
-        signals = np.full((state.slots, 16, len(model.signals)), np.nan, np.float32)
-        answers: dict[int, Answer] = {}
-        step = 0
-        while len(active):
-            if step == signals.shape[1]:
-                signals = np.concatenate((signals, np.full_like(signals, np.nan)), axis=1)
-            signals[active, step] = runner.refine(state)
-            step += 1
-            elapsed = (time.perf_counter() - began) * 1e3
-            steps = np.full(len(active), step)
-            history = History(signals[active], steps, np.full(len(active), elapsed), model.signals)
-            reasons = policy.reasons(history)
-            stopped = [row for row, reason in enumerate(reasons) if reason]
-            if not stopped:
-                continue
-            predictions = runner.decode(state)["prediction"]
-            elapsed = (time.perf_counter() - began) * 1e3
-            for row in stopped:
-                slot = int(active[row])
-                answers[slot] = Answer(
-                    predictions[row], step, reasons[row], signals[slot, :step].copy(), model.signals, elapsed
-                )
-            going = [row for row, reason in enumerate(reasons) if not reason]
-            active = active[going]
-            if going:
-                state = runner.select(state, going)
-        return [answers[slot] for slot in sorted(answers)]
+                progress(pool.stats.answered)
+        return [ticket.result() for ticket in tickets]
 
     def all_steps(self, observation: dict[str, Array], steps: int) -> Iterator[tuple[int, dict[str, Array]]]:
         """Run `steps` steps without halting and give (offset of the batch, arrays) for each batch.
