@@ -86,8 +86,9 @@ class Ticket:
 @dataclass
 class Statistics:
     """Counters since the pool was made. rows: slots computed; used: those of them that held a request; full: slots that
-    could have been (ticks x the pool's slots). scheduling_s: CPU seconds of deciding and bookkeeping; moving_s: of
-    admitting, compacting and decoding; refining_s: wall seconds of the steps themselves."""
+    could have been (ticks x the pool's slots). scheduling_s: CPU seconds of checking, deciding, bookkeeping; moving_s: of
+    admitting, compacting and decoding; refining_s: wall seconds of the steps themselves, refining_cpu_s: CPU seconds of
+    the whole process meanwhile."""
 
     ticks: int = 0
     rows: int = 0
@@ -97,6 +98,7 @@ class Statistics:
     scheduling_s: float = 0.0
     moving_s: float = 0.0
     refining_s: float = 0.0
+    refining_cpu_s: float = 0.0
     fastest_step_s: dict[int, float] = field(default_factory=dict)  # by shape
 
 
@@ -142,10 +144,14 @@ class Pool:
         the pool's clock (default: now). Raises InputError for a bad observation or policy, RefusedError when the queue is
         full.
         """
+        began = time.thread_time()
         arrays = {name: np.asarray(value)[None] for name, value in observation.items()}
         checked = self.runner.model.validate_observation(arrays, "request")
         limit = max_steps or self.runner.model.max_steps
-        return self._enqueue(checked, None, halt, limit, deadline_ms, priority, arrived)
+        ticket = self._enqueue(checked, None, halt, limit, deadline_ms, priority, arrived)
+        with self._lock:
+            self.stats.scheduling_s += time.thread_time() - began
+        return ticket
 
     def resume(self, snapshot: Snapshot, deadline_ms: float | None = None, priority: int = 0) -> Ticket:
         """Queue a request where `snapshot` left it, under its own policy.
@@ -226,8 +232,8 @@ class Pool:
             refined = self._refine(plan, failed, plans.slots)
             with self._lock:
                 self._plans = scheduler.update(self._plans, plan, refined.outcome)
-            spent = time.thread_time() - began - refined.cpu_s - (self.stats.moving_s - moved)
-            self.stats.scheduling_s += spent
+                spent = time.thread_time() - began - refined.cpu_s - (self.stats.moving_s - moved)
+                self.stats.scheduling_s += spent
 
     def _answer(self, done: Sequence[tuple[int, Slot, str]], signals: npt.NDArray[np.float32]) -> None:
         """Decode the state once and settle the tickets of the given rows."""
@@ -308,7 +314,7 @@ class Pool:
         if not plan.refine or self._engine is None:
             return _Refined(Outcome(started, started, None, frozenset(failed)), 0.0)
         holders = _holders(plan, slots)
-        wall = time.perf_counter()
+        wall, process = time.perf_counter(), time.process_time()
         try:
             signals = self.runner.refine(self._engine).copy()
         except Exception as error:  # see _answer; the carry is in an unknown state and is given up
@@ -320,6 +326,7 @@ class Pool:
                 time.thread_time() - cpu,
             )
         wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
+        self.stats.refining_cpu_s += time.process_time() - process
         self._count(plan, len(holders), wall)
         used = list(holders)
         finite = np.isfinite(signals[used]).all(axis=1)

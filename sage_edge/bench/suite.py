@@ -19,6 +19,7 @@ from sage_edge import __version__
 from sage_edge.bench import peers as peer_module
 from sage_edge.bench.ceiling import gemm_ceiling, matmul_gflop
 from sage_edge.bench.cold import cold_start
+from sage_edge.bench.slots import run_slots
 from sage_edge.bench.timing import Latency, interleave
 from sage_edge.bundle import BUNDLE_FILE
 from sage_edge.dataset import Dataset, load_dataset
@@ -71,12 +72,7 @@ def run_case(case: Case, threads: int, with_peers: bool, progress: Progress) -> 
         data = _data(case)
         runner = open_engine(folder, threads)
         contestants = _peers(target, bundle, threads, progress) if with_peers else {}
-        report: Report = {
-            "case": case.name, "command": "sage-edge " + " ".join(sys.argv[1:]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": _commit(),
-            "machine": asdict(machine()), "threads": threads, "python": platform.python_version(),
-            "versions": {"sage-edge": __version__, "onnxruntime": version("onnxruntime"), **peer_module.available()},
-        }  # fmt: skip
+        report = _header(case, threads)
         with Session(runner) as session:
             observation = _observation(runner, data, max(*case.batches, 64))
             progress("GEMM ceiling", 0)
@@ -98,6 +94,30 @@ def run_case(case: Case, threads: int, with_peers: bool, progress: Progress) -> 
         report["cold_start"] = asdict(cold_start(folder, one, Path(temporary), case.cold_runs))
     report["seconds"] = time.perf_counter() - began
     return report
+
+
+def run_slots_case(case: Case, threads: int, halt: str, progress: Progress) -> Report:
+    """Measure slot refill on one case, which needs data. Raises what building and loading raise, InputError."""
+    began = time.perf_counter()
+    data = _data(case)
+    if data is None:
+        raise InputError(f"{case.engine or case.name}: the suite `slots` needs examples with answers; give --data DIR")
+    progress("build the engine", 0)
+    report = _header(case, threads)
+    with open_engine(engine_of(case.engine), threads) as runner:
+        report["slots"] = run_slots(runner, data, halt, 5 * case.seconds, 3, threads, progress)
+    report["seconds"] = time.perf_counter() - began
+    return report
+
+
+def _header(case: Case, threads: int) -> Report:
+    """What every report begins with: case, command, machine, versions."""
+    return {
+        "case": case.name, "command": "sage-edge " + " ".join(sys.argv[1:]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": _commit(),
+        "machine": asdict(machine()), "threads": threads, "python": platform.python_version(),
+        "versions": {"sage-edge": __version__, "onnxruntime": version("onnxruntime"), **peer_module.available()},
+    }  # fmt: skip
 
 
 def _target(case: Case, temporary: Path) -> tuple[str, Path]:
