@@ -86,9 +86,8 @@ class Ticket:
 @dataclass
 class Statistics:
     """Counters since the pool was made. rows: slots computed; used: those of them that held a request; full: slots that
-    could have been (ticks x the pool's slots). scheduling_s: CPU seconds of checking, deciding, bookkeeping; moving_s: of
-    admitting, compacting and decoding; refining_s: wall seconds of the steps themselves, refining_cpu_s: CPU seconds of
-    the whole process meanwhile."""
+    could have been (ticks x the pool's slots). scheduling_s: seconds of checking, deciding and bookkeeping; moving_s: of
+    admitting, compacting and decoding; refining_s: of the steps themselves; by the pool's timer."""
 
     ticks: int = 0
     rows: int = 0
@@ -98,7 +97,6 @@ class Statistics:
     scheduling_s: float = 0.0
     moving_s: float = 0.0
     refining_s: float = 0.0
-    refining_cpu_s: float = 0.0
     fastest_step_s: dict[int, float] = field(default_factory=dict)  # by shape
 
 
@@ -109,7 +107,8 @@ class Pool:
     """
 
     def __init__(self, runner: Runner, slots: int | None = None, capacity: int = 1024, when_full: WhenFull = "refuse",
-                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+                 clock: Callable[[], float] = time.monotonic,
+                 timer: Callable[[], float] = time.perf_counter) -> None:  # fmt: skip
         size = runner.slots if slots is None else slots
         if not 1 <= size <= runner.slots or capacity < 1:
             raise InputError(
@@ -117,7 +116,7 @@ class Pool:
             )
         self.runner = runner
         self.stats = Statistics()
-        self.clock = clock
+        self.clock, self.timer = clock, timer
         shapes = (*(shape for shape in runner.shapes if shape < size), size)
         self._plans = scheduler.initial(shapes, runner.model.signals, capacity, when_full)
         self._tickets: dict[int, Ticket] = {}
@@ -144,13 +143,13 @@ class Pool:
         the pool's clock (default: now). Raises InputError for a bad observation or policy, RefusedError when the queue is
         full.
         """
-        began = time.thread_time()
+        began = self.timer()
         arrays = {name: np.asarray(value)[None] for name, value in observation.items()}
         checked = self.runner.model.validate_observation(arrays, "request")
         limit = max_steps or self.runner.model.max_steps
         ticket = self._enqueue(checked, None, halt, limit, deadline_ms, priority, arrived)
         with self._lock:
-            self.stats.scheduling_s += time.thread_time() - began
+            self.stats.scheduling_s += self.timer() - began
         return ticket
 
     def resume(self, snapshot: Snapshot, deadline_ms: float | None = None, priority: int = 0) -> Ticket:
@@ -220,7 +219,7 @@ class Pool:
         Never raises for the sake of one request: its ticket does.
         """
         with self._working:
-            began, moved = time.thread_time(), self.stats.moving_s
+            began, moved = self.timer(), self.stats.moving_s
             with self._lock:
                 if self._plans.idle:
                     return
@@ -232,7 +231,7 @@ class Pool:
             refined = self._refine(plan, failed, plans.slots)
             with self._lock:
                 self._plans = scheduler.update(self._plans, plan, refined.outcome)
-                spent = time.thread_time() - began - refined.cpu_s - (self.stats.moving_s - moved)
+                spent = self.timer() - began - refined.engine_s - (self.stats.moving_s - moved)
                 self.stats.scheduling_s += spent
 
     def _answer(self, done: Sequence[tuple[int, Slot, str]], signals: npt.NDArray[np.float32]) -> None:
@@ -240,7 +239,7 @@ class Pool:
         if not done:
             return
         assert self._engine is not None
-        began = time.thread_time()
+        began = self.timer()
         try:
             predictions = self.runner.decode(self._engine)["prediction"]
         except Exception as error:  # whatever an engine raises is the failure of these requests, not of the pool
@@ -248,7 +247,7 @@ class Pool:
                 self._fail(slot.request.id, "decode", error)
             return
         finally:
-            self.stats.moving_s += time.thread_time() - began
+            self.stats.moving_s += self.timer() - began
         now = self.clock()
         for row, slot, reason in done:
             request = slot.request
@@ -269,7 +268,7 @@ class Pool:
         failed: set[int] = set()
         if not plan.refine:
             return failed
-        began = time.thread_time()
+        began = self.timer()
         try:
             if plan.keep:
                 assert self._engine is not None
@@ -287,7 +286,7 @@ class Pool:
             for _, request in plan.admit:
                 failed.add(request.id)
                 self._fail(request.id, "encode", error)
-        self.stats.moving_s += time.thread_time() - began
+        self.stats.moving_s += self.timer() - began
         return failed
 
     def _admit(self, admit: Sequence[tuple[int, Request]]) -> None:
@@ -310,11 +309,11 @@ class Pool:
 
     def _refine(self, plan: Plan, failed: set[int], slots: Sequence[Slot | None]) -> _Refined:
         """One step of all rows, and who got through it."""
-        started, cpu = self.clock(), time.thread_time()
+        started, cpu = self.clock(), self.timer()
         if not plan.refine or self._engine is None:
             return _Refined(Outcome(started, started, None, frozenset(failed)), 0.0)
         holders = _holders(plan, slots)
-        wall, process = time.perf_counter(), time.process_time()
+        wall = time.perf_counter()
         try:
             signals = self.runner.refine(self._engine).copy()
         except Exception as error:  # see _answer; the carry is in an unknown state and is given up
@@ -323,10 +322,9 @@ class Pool:
             self._engine = None
             return _Refined(
                 Outcome(started, self.clock(), None, frozenset(failed) | set(holders.values())),
-                time.thread_time() - cpu,
+                self.timer() - cpu,
             )
-        wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
-        self.stats.refining_cpu_s += time.process_time() - process
+        wall, cpu = time.perf_counter() - wall, self.timer() - cpu
         self._count(plan, len(holders), wall)
         used = list(holders)
         finite = np.isfinite(signals[used]).all(axis=1)
@@ -365,10 +363,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class _Refined:
-    """The outcome of a step and the CPU seconds that this thread spent in the engine."""
+    """The outcome of a step and the seconds spent in the engine, by the pool's timer."""
 
     outcome: Outcome
-    cpu_s: float
+    engine_s: float
 
 
 def _holders(plan: Plan, slots: Sequence[Slot | None]) -> dict[int, int]:

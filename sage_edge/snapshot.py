@@ -45,7 +45,7 @@ class Snapshot:
         return len(self.history)
 
 
-def save_snapshot(path: Path, snapshot: Snapshot) -> None:
+def save_snapshot(path: Path | str, snapshot: Snapshot) -> None:
     """Write a snapshot, whole or not at all."""
     from safetensors.numpy import save
 
@@ -60,13 +60,14 @@ def save_snapshot(path: Path, snapshot: Snapshot) -> None:
     text = json.dumps(facts, sort_keys=True)
     arrays = {"history": snapshot.history} | {STATE + name: array for name, array in snapshot.arrays.items()}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomic(path, save(arrays, {"snapshot": text, "sha256": _digest(text, arrays)}))
+    write_atomic(Path(path), save(arrays, {"snapshot": text, "sha256": _digest(text, arrays)}))
 
 
-def load_snapshot(path: Path) -> Snapshot:
+def load_snapshot(path: Path | str) -> Snapshot:
     """Read a snapshot. Raises InputError when there is no file, IntegrityError when it is none, truncated or changed."""
     from safetensors import SafetensorError, safe_open
 
+    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a snapshot (Pool.snapshot)")
     try:

@@ -91,7 +91,7 @@ def _static(runner: Runner, observation: dict[str, Array], policy: Policy | None
 def refill(runner: Runner, observation: dict[str, Array], policy: Policy) -> Served:
     """The pool, all requests waiting from the start; the time includes the end, when slots run empty."""
     count = len(next(iter(observation.values())))
-    pool = Pool(runner, capacity=count)
+    pool = Pool(runner, capacity=count, timer=time.thread_time)
     wall, cpu = time.perf_counter(), time.process_time()
     tickets = [pool.submit({n: a[row] for n, a in observation.items()}, policy) for row in range(count)]
     loaded = 1.0
@@ -137,26 +137,27 @@ def saturated(
             "mean_steps": float(runs[0].steps.mean()), "step_rows_per_answer": runs[0].step_rows / len(data),
             "occupancy": runs[0].occupancy,
         })  # fmt: skip
-    statistics = [run.statistics for run in served["refill"] if run.statistics]
-    return {"examples": len(data), "rounds": rounds, "ways": rows, "overhead": overhead(statistics, runner, threads)}
+    return {"examples": len(data), "rounds": rounds, "ways": rows, "overhead": overhead(served, runner, threads)}
 
 
-def overhead(statistics: list[Statistics], runner: Runner, threads: int) -> dict[str, float]:
+def overhead(served: dict[str, list[Served]], runner: Runner, threads: int) -> dict[str, float]:
     """CPU time of the scheduler a tick, submission included, beside a step at full batch.
 
     What other programs take from this machine lengthens a step's wall time and would flatter the share; so a step counts as
-    the fastest one seen, or as its CPU time over `threads`, whichever is less.
+    the fastest one seen, or as its CPU time over `threads` (that of upstream's way, which does little else), whichever is
+    less.
     """
+    statistics = [run.statistics for run in served["refill"] if run.statistics]
     ticks = sum(s.ticks for s in statistics)
     scheduling = sum(s.scheduling_s for s in statistics) / ticks * 1e3
     moving = sum(s.moving_s for s in statistics) / ticks * 1e3
     fastest = min(s.fastest_step_s.get(runner.slots, np.inf) for s in statistics) * 1e3
-    cpu = sum(s.refining_cpu_s for s in statistics) / ticks / threads * 1e3
+    cpu = min(run.cpu_s / run.step_rows for run in served["to the last step"]) * runner.slots / threads * 1e3
     step = min(fastest, cpu)
     return {
         "scheduling_ms_per_tick": scheduling, "moving_ms_per_tick": moving, "fastest_step_ms": fastest,
-        "mean_step_cpu_ms_per_thread": cpu, "mean_step_ms": sum(s.refining_s for s in statistics) / ticks * 1e3,
-        "step_ms": step, "share_of_step": scheduling / step, "share_with_moving": (scheduling + moving) / step,
+        "step_cpu_ms_per_thread": cpu, "step_ms": step, "share_of_step": scheduling / step,
+        "share_with_moving": (scheduling + moving) / step,
     }  # fmt: skip
 
 
