@@ -227,8 +227,8 @@ def _step(slots: list[Slot | None], active: list[int], signals: Floats, new: Flo
             np.array([(now - slot.admitted) * 1e3 for slot in members]),
             names,
         )
-        if policy.halts(history).any():
-            for row, slot, reason in zip(rows, members, policy.reasons(history), strict=True):
+        for row, slot, reason in zip(rows, members, policy.reasons(history), strict=True):
+            if reason:
                 slots[row] = replace(slot, reason=reason)
     return signals
 
