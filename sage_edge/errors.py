@@ -25,3 +25,23 @@ class GateError(SageError):
 
 class MissingDependencyError(SageError):
     """An optional part is needed; the message names the extra that brings it (exit code 2)."""
+
+
+class EngineError(SageError):
+    """The engine failed while it worked on this request, or gave NaN (exit code 1); others are not affected."""
+
+    exit_code = 1
+
+
+class RefusedError(SageError):
+    """A request got no answer, for a reason that is not in its input (exit code 1).
+
+    reason: "queue_full", "dropped" (a full queue made room for a newer one), "cancelled", or "deadline" (it passed before
+    the first step, so that there is no best-so-far answer).
+    """
+
+    exit_code = 1
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason

@@ -1,38 +1,19 @@
-"""The loop: requests in, answers out, each with as many steps as its halting policy asks for."""
+"""A loaded engine that answers requests, each with as many steps as its halting policy asks for."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from sage_edge.engines.runner import Runner
 from sage_edge.errors import InputError
 from sage_edge.irp.certificate import CERTIFIED, Certificate, uses_certificate
-from sage_edge.irp.halting import AnyOf, History, MaxSteps, Policy, parse_policy
+from sage_edge.irp.halting import Policy
+from sage_edge.pool import Answer, Pool, Ticket, limited
 from sage_edge.specs import Array
 
-
-@dataclass(frozen=True)
-class Answer:
-    """What one request got.
-
-    prediction: the `prediction` output of decode for this request (for HRM int32 [seq_len]); steps: refinement steps
-    taken; reason: the policy that stopped it; trace: float32 [steps, k], the signals after each step; signals: their
-    names; milliseconds: from admission to answer; settled: False where the certificate's acceptance is not sure enough of
-    the prediction, which is then only the best so far (always True without one).
-    """
-
-    prediction: Array
-    steps: int
-    reason: str
-    trace: npt.NDArray[np.float32]
-    signals: tuple[str, ...]
-    milliseconds: float
-    settled: bool = True
+__all__ = ["Answer", "Session"]
 
 
 class Session:
@@ -64,7 +45,6 @@ class Session:
 
         Raises InputError, also for `certified` on an engine that has no certificate.
         """
-        limit = max_steps or self.runner.model.max_steps
         halt = self.default_halt if halt is None else halt
         if isinstance(halt, str) and uses_certificate(halt):
             if self.certificate is None:
@@ -72,7 +52,7 @@ class Session:
                     f"halting policy {halt!r}: this engine has no certificate; `sage-edge calibrate ENGINE --data DIR` makes one"
                 )
             halt = self.certificate.expand(halt)
-        return AnyOf((halt, MaxSteps(limit))) if isinstance(halt, Policy) else parse_policy(halt, limit)
+        return limited(halt, max_steps or self.runner.model.max_steps)
 
     def infer(
         self,
@@ -81,7 +61,7 @@ class Session:
         max_steps: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Answer]:
-        """Answers to n requests, in their order; any n, cut into batches of the engine's slots.
+        """Answers to n requests, in their order; any n. A slot whose request halts takes the next one (see `pool`).
 
         halt: a policy or its text; by default the engine's certified policy, else `learned`.
         observation: arrays by name, first axis the requests (HRM: `inputs` int32 [n, seq_len], optional
@@ -91,47 +71,20 @@ class Session:
         certified = self.certificate is not None and (halt is None or uses_certificate(halt))
         accepts = self.certificate.accepts() if certified and self.certificate else None
         checked = self.runner.model.validate_observation(observation)
-        answers: list[Answer] = []
-        for batch in batches(checked, self.runner.slots):
-            answers += self._answer(batch, policy, accepts)
+        pool = Pool(self.runner)
+        tickets: list[Ticket] = []
+        for row in range(len(next(iter(checked.values())))):
+            while pool.waiting > self.runner.slots:  # enough to fill every slot; more would only make the queue long
+                pool.tick()
+                if progress:
+                    progress(pool.stats.answered)
+            one = {name: array[row] for name, array in checked.items()}
+            tickets.append(pool.submit(one, policy, max_steps, accepts=accepts))
+        while not pool.idle:
+            pool.tick()
             if progress:
-                progress(len(answers))
-        return answers
-
-    def _answer(self, batch: dict[str, Array], policy: Policy, accepts: Policy | None) -> list[Answer]:
-        runner, model = self.runner, self.runner.model
-        began = time.perf_counter()
-        state = runner.encode(batch)
-        active = np.arange(state.slots)
-        signals = np.full((state.slots, 16, len(model.signals)), np.nan, np.float32)
-        answers: dict[int, Answer] = {}
-        step = 0
-        while len(active):
-            if step == signals.shape[1]:
-                signals = np.concatenate((signals, np.full_like(signals, np.nan)), axis=1)
-            signals[active, step] = runner.refine(state)
-            step += 1
-            elapsed = (time.perf_counter() - began) * 1e3
-            steps = np.full(len(active), step)
-            history = History(signals[active], steps, np.full(len(active), elapsed), model.signals)
-            reasons = policy.reasons(history)
-            stopped = [row for row, reason in enumerate(reasons) if reason]
-            if not stopped:
-                continue
-            settled = np.ones(len(active), bool) if accepts is None else accepts.halts(history)
-            predictions = runner.decode(state)["prediction"]
-            elapsed = (time.perf_counter() - began) * 1e3
-            for row in stopped:
-                slot = int(active[row])
-                trace = signals[slot, :step].copy()
-                answers[slot] = Answer(
-                    predictions[row], step, reasons[row], trace, model.signals, elapsed, bool(settled[row])
-                )
-            going = [row for row, reason in enumerate(reasons) if not reason]
-            active = active[going]
-            if going:
-                state = runner.select(state, going)
-        return [answers[slot] for slot in sorted(answers)]
+                progress(pool.stats.answered)
+        return [ticket.result() for ticket in tickets]
 
     def all_steps(self, observation: dict[str, Array], steps: int) -> Iterator[tuple[int, dict[str, Array]]]:
         """Run `steps` steps without halting and give (offset of the batch, arrays) for each batch.

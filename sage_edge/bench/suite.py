@@ -19,6 +19,7 @@ from sage_edge import __version__
 from sage_edge.bench import peers as peer_module
 from sage_edge.bench.ceiling import gemm_ceiling
 from sage_edge.bench.cold import cold_start
+from sage_edge.bench.slots import run_slots
 from sage_edge.bench.timing import Latency, interleave
 from sage_edge.bundle import BUNDLE_FILE
 from sage_edge.dataset import Dataset, load_dataset
@@ -47,7 +48,8 @@ class Case:
 
     engine: anything that names a model, or empty with `random`, a configuration whose weights are drawn (speed does not
     depend on them). data: a dataset folder, or empty for the model's own test split, if it has one. examples: how many
-    of it. batches: slots in flight for the step latency. seconds: time for each latency measurement.
+    of it. calibration: how many calibration examples an engine without a certificate gets. batches: slots in flight for
+    the step latency. seconds: time for each latency measurement.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Case:
     random: HRMConfig | None = None
     data: str = ""
     examples: int = 512
+    calibration: int = 800
     batches: tuple[int, ...] = (1, 8)
     seconds: float = 3.0
     cold_runs: int = 5
@@ -85,12 +88,7 @@ def run_case(
         data = _data(case)
         runner = open_engine(folder, threads)
         contestants = _peers(target, bundle, threads, progress) if with_peers else {}
-        report: Report = {
-            "case": case.name, "command": "sage-edge " + " ".join(sys.argv[1:]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": _commit(),
-            "machine": asdict(machine()), "threads": threads, "python": platform.python_version(),
-            "versions": {"sage-edge": __version__, "onnxruntime": version("onnxruntime"), **peer_module.available()},
-        }  # fmt: skip
+        report = _header(case, threads)
         with Session(runner, load_certificate(folder)) as session:
             if recalibrate and session.certificate is None:
                 report["not_calibrated"] = _calibrate(session, case, folder, progress)
@@ -122,6 +120,30 @@ def run_case(
     return report
 
 
+def run_slots_case(case: Case, threads: int, halt: str, progress: Progress) -> Report:
+    """Measure slot refill on one case, which needs data. Raises what building and loading raise, InputError."""
+    began = time.perf_counter()
+    data = _data(case)
+    if data is None:
+        raise InputError(f"{case.engine or case.name}: the suite `slots` needs examples with answers; give --data DIR")
+    progress("build the engine", 0)
+    report = _header(case, threads)
+    with open_engine(engine_of(case.engine), threads) as runner:
+        report["slots"] = run_slots(runner, data, halt, 5 * case.seconds, 3, threads, progress)
+    report["seconds"] = time.perf_counter() - began
+    return report
+
+
+def _header(case: Case, threads: int) -> Report:
+    """What every report begins with: case, command, machine, versions."""
+    return {
+        "case": case.name, "command": "sage-edge " + " ".join(sys.argv[1:]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": _commit(),
+        "machine": asdict(machine()), "threads": threads, "python": platform.python_version(),
+        "versions": {"sage-edge": __version__, "onnxruntime": version("onnxruntime"), **peer_module.available()},
+    }  # fmt: skip
+
+
 def _target(case: Case, temporary: Path) -> tuple[str, Path]:
     """What to open, and the bundle behind it."""
     if case.random is not None:
@@ -151,7 +173,7 @@ def _calibrate(session: Session, case: Case, folder: Path, progress: Progress) -
     own = shipped(case.engine) if case.engine else None
     if own is None or not (own / "data" / "calibration" / "dataset.json").is_file():
         return "no calibration data comes with this model; `sage-edge calibrate ENGINE --data DIR`"
-    data = load_dataset(own / "data" / "calibration")
+    data = load_dataset(own / "data" / "calibration").first(case.calibration)
     title = f"calibrate halting on {len(data)} examples (once for this engine)"
     progress(title, 0)
     try:

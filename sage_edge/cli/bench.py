@@ -27,12 +27,16 @@ def add(subparsers: Subparsers) -> None:
         "the share of the machine's measured GEMM ceiling that a step reaches.\n\n"
         "  sage-edge bench                                             the shipped model\n"
         "  sage-edge bench --peers                                     beside PyTorch and OpenVINO (sage-edge[peers])\n"
+        "  sage-edge bench --suite slots                               slot refill against static batches, and latency\n"
+        "                                                              under random arrivals (Poisson, open loop)\n"
         "  sage-edge bench --case benchmarks/cases/hrm-27m.yaml --peers  the paper's size, random weights\n\n"
         "The shipped model's engine is calibrated first if it has no certificate yet (see `sage-edge calibrate`).\n"
         "The report is written to benchmarks/results/ below the current folder, or to --output.",
     )  # fmt: skip
     parser.add_argument("engine", metavar="ENGINE", nargs="?", help=f"default: {REFERENCE_MODEL}")
     parser.add_argument("--case", metavar="YAML", type=Path, help="a case file (see benchmarks/cases)")
+    parser.add_argument("--suite", choices=("model", "slots"), default="model", help="what to measure (default: model)")
+    parser.add_argument("--halt", metavar="POLICY", default="learned", help="for --suite slots (default: learned)")
     parser.add_argument("--peers", action="store_true", help="time the installed peers in the same run")
     parser.add_argument("--data", metavar="DIR", help="dataset for the accuracy (default: the model's own test split)")
     parser.add_argument("--examples", metavar="N", type=positive, help="how many of it (default 512)")
@@ -44,8 +48,10 @@ def add(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     # Imported here: building parsers for other commands must not wait for onnx.
-    from sage_edge.bench.suite import Case, run_case
+    from sage_edge.bench.suite import Case, run_case, run_slots_case
 
+    if arguments.suite == "slots" and arguments.peers:
+        raise InputError("--peers: the suite `slots` compares ways to use one engine; peers belong to --suite model")
     if arguments.case and (arguments.engine or arguments.data):
         raise InputError("--case names its own engine and data; give either a case or ENGINE and --data")
     case = load_yaml(arguments.case, Case) if arguments.case else _case(arguments)
@@ -55,15 +61,19 @@ def run(arguments: argparse.Namespace) -> int:
         case = replace(case, examples=arguments.examples)
     threads = arguments.threads or usable_cores()
     with _progress() as progress:
-        report = run_case(case, threads, arguments.peers, progress, arguments.plots, not arguments.no_calibrate)
+        if arguments.suite == "slots":
+            report = run_slots_case(case, threads, arguments.halt, progress)
+        else:
+            report = run_case(case, threads, arguments.peers, progress, arguments.plots, not arguments.no_calibrate)
     architecture = report["machine"]["architecture"]
     commit = (report["commit"] or "release")[:10]
-    path = arguments.output or Path("benchmarks/results") / f"{case.name}-{architecture}-{commit}.json"
+    suffix = "" if arguments.suite == "model" else f"-{arguments.suite}"
+    path = arguments.output or Path("benchmarks/results") / f"{case.name}{suffix}-{architecture}-{commit}.json"
     write_atomic(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
     if arguments.json:
         print_json(report)
     else:
-        show(report)
+        (show_slots if arguments.suite == "slots" else show)(report)
         for plot in report.get("plots", []):
             print(f"plot: {plot}")
         print(f"report: {path}")
@@ -140,3 +150,28 @@ def show(report: dict[str, Any]) -> None:
                   "is for itself")  # fmt: skip
         elif report.get("not_calibrated"):
             print(f"no certified policy: {report['not_calibrated']}")
+
+
+def show_slots(report: dict[str, Any]) -> None:
+    """The suite `slots` as tables."""
+    slots = report["slots"]
+    print(f"{report['machine']['cpu'] or report['machine']['architecture']}, {report['threads']} threads, "
+          f"{slots['slots']} slots, halting {slots['halt']}, commit {(report['commit'] or 'none')[:10]}")  # fmt: skip
+    print_table(
+        f"saturating load, {slots['examples']} held-out examples, median of {slots['rounds']} rounds in turn",
+        ("way", "answers/s", "× upstream", "× by CPU time", "exact", "mean steps", "rows an answer", "occupancy"),
+        [(w["way"], f"{w['answers_per_s']:.1f}", f"{w['times_upstream']:.2f}×", f"{w['times_upstream_by_cpu']:.2f}×",
+          f"{w['exact_accuracy']:.4f}", f"{w['mean_steps']:.2f}", f"{w['step_rows_per_answer']:.2f}",
+          f"{w['occupancy']:.1%}") for w in slots["ways"]],
+    )  # fmt: skip
+    cost = slots["overhead"]
+    print(f"scheduling: {cost['scheduling_ms_per_tick']:.3f} ms of CPU a tick, {cost['share_of_step']:.1%} of a step "
+          f"({cost['step_ms']:.1f} ms); {cost['share_with_moving']:.1%} with admission, compaction and decode\n"
+    )  # fmt: skip
+    print_table(
+        "open loop, latency from the intended arrival, ms",
+        ("load", "offered/s", "answered/s", "answers", "p50", "p95", "p99", "waited p95", "rows used"),
+        [(f"{o['load']:.0%}", f"{o['rate_per_s']:.1f}", f"{o['answers_per_s']:.1f}", o["answers"],
+          *(f"{o['latency'][k]:.0f}" for k in ("p50_ms", "p95_ms", "p99_ms")), f"{o['waited_p95_ms']:.0f}",
+          f"{o['rows_used']:.0%}") for o in slots["open_loop"]],
+    )  # fmt: skip

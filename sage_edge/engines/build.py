@@ -96,7 +96,7 @@ def build(
         for name in (BUNDLE_FILE, REFERENCE_FILE):
             shutil.copyfile(bundle_path / name, folder / name)
         progress("gate")
-        findings = _gate(folder, bundle, recipe)
+        findings = _gate(folder, bundle, recipe, digest)
         manifest = Manifest(
             format="sage-edge-engine/1",
             name=bundle.name,
@@ -140,9 +140,10 @@ def _optimize(bundle_path: Path, folder: Path, progress: Callable[[str], None]) 
     return counts
 
 
-def _gate(folder: Path, bundle: Bundle, recipe: BuildRecipe) -> tuple[GateResult, ...]:
+def _gate(folder: Path, bundle: Bundle, recipe: BuildRecipe, digest: str) -> tuple[GateResult, ...]:
     reference = gate.load_reference(folder / REFERENCE_FILE)
-    with OrtRunner(folder, bundle.model, recipe.slots, recipe.threads or usable_cores(), optimized=True) as runner:
+    threads = recipe.threads or usable_cores()
+    with OrtRunner(folder, bundle.model, recipe.slots, threads, optimized=True, digest=digest) as runner:
         report = gate.check(runner, reference)
     if not report.passed:
         reasons = "; ".join(f"{f.name}: {f.detail}" for f in report.failures)
@@ -165,10 +166,12 @@ def open_engine(folder: Path, threads: int | None = None) -> OrtRunner:
             f"{folder}: built with {manifest.versions}, installed are {versions()}; build it again from its bundle"
         )
     chosen = threads if threads is not None else manifest.threads
-    return OrtRunner(folder, bundle.model, manifest.slots, chosen or usable_cores(), optimized=True)
+    threads = chosen or usable_cores()
+    return OrtRunner(folder, bundle.model, manifest.slots, threads, optimized=True, digest=manifest.bundle_sha256)
 
 
 def open_bundle(folder: Path, slots: int = 8) -> OrtRunner:
     """A runner for the bundle's own graphs, neither fused nor optimized: for judging the bundle itself."""
     bundle = load_bundle(folder)
-    return OrtRunner(folder, bundle.model, slots, usable_cores(), optimized=True)
+    digest = sha256(folder / BUNDLE_FILE)
+    return OrtRunner(folder, bundle.model, slots, usable_cores(), optimized=True, digest=digest)

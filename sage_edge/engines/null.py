@@ -28,15 +28,18 @@ class NullRunner(Runner):
     """q_halt exceeds q_continue from the step on that the request needs; the entropy is what is left to do."""
 
     def __init__(self, slots: int = 8) -> None:
-        super().__init__(NULL_MODEL, slots)
+        super().__init__(NULL_MODEL, slots, "0" * 64)
 
     def _activate(self) -> None: ...
 
     def _deactivate(self) -> None: ...
 
-    def _encode(self, observation: dict[str, Array], count: int) -> dict[str, Array]:
-        context = observation["inputs"].astype(np.float32)
-        return {"context": context, "z_H": np.zeros_like(context)}
+    def _empty(self, slots: int) -> dict[str, Array]:
+        return {name: np.zeros((slots, WIDTH), np.float32) for name in ("context", "z_H")}
+
+    def _admit(self, handle: dict[str, Array], rows: list[int], observation: dict[str, Array]) -> None:
+        handle["context"][rows] = observation["inputs"]
+        handle["z_H"][rows] = 0
 
     def _refine(self, handle: dict[str, Array]) -> npt.NDArray[np.float32]:
         need = handle["context"][:, 0]
@@ -46,13 +49,18 @@ class NullRunner(Runner):
         return np.stack((-left, np.full_like(left, -0.5), left, changed.astype(np.float32)), axis=1)
 
     def _decode(self, handle: dict[str, Array], names: tuple[str, ...]) -> dict[str, Array]:
-        return {"prediction": handle["z_H"].astype(np.int32)}
+        with np.errstate(invalid="ignore"):  # a free slot may hold anything
+            return {"prediction": handle["z_H"].astype(np.int32)}
 
-    def _select(self, handle: dict[str, Array], rows: list[int]) -> dict[str, Array]:
+    def _select(self, handle: dict[str, Array], rows: list[int], slots: int) -> dict[str, Array]:
+        chosen = self._empty(slots)
+        for name, array in handle.items():
+            chosen[name][: len(rows)] = array[rows]
+        return chosen
+
+    def _read(self, handle: dict[str, Array], rows: list[int]) -> dict[str, Array]:
         return {name: array[rows] for name, array in handle.items()}
 
-    def _read(self, handle: dict[str, Array]) -> dict[str, Array]:
-        return {name: array.copy() for name, array in handle.items()}
-
-    def _write(self, arrays: dict[str, Array]) -> dict[str, Array]:
-        return {name: array.copy() for name, array in arrays.items()}
+    def _write(self, handle: dict[str, Array], rows: list[int], arrays: dict[str, Array]) -> None:
+        for name, array in arrays.items():
+            handle[name][rows] = array

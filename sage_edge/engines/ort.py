@@ -55,12 +55,14 @@ def open_session(path: Path, threads: int, optimize: bool) -> ort.InferenceSessi
 class OrtRunner(Runner):
     """Runs the three graphs of `folder` (encode.onnx, refine.onnx, decode.onnx)."""
 
-    def __init__(self, folder: Path, model: ModelSpec, slots: int, threads: int, optimized: bool) -> None:
-        super().__init__(model, slots)
+    def __init__(self, folder: Path, model: ModelSpec, slots: int, threads: int, optimized: bool, digest: str) -> None:
+        super().__init__(model, slots, digest)
         self.folder = folder
         self.threads = threads
         self.optimized = optimized
         self._sessions: dict[str, ort.InferenceSession] = {}
+        self._spare: dict[int, Buffers] = {}  # by number of slots: `select` swaps between sizes at every other tick
+        self._staging: dict[int, Buffers] = {}
 
     def _activate(self) -> None:
         for name in ("encode", "refine", "decode"):
@@ -70,17 +72,34 @@ class OrtRunner(Runner):
         self._decode_inputs = [i.name for i in self._sessions["decode"].get_inputs()]
 
     def _deactivate(self) -> None:
-        self._sessions.clear()
+        for held in (self._sessions, self._spare, self._staging):
+            held.clear()
 
-    def _encode(self, observation: dict[str, Array], count: int) -> Buffers:
-        buffers = self._allocate(count)
+    def _empty(self, slots: int) -> Buffers:
+        buffers = self._allocate(slots)
+        for array in (buffers.context | buffers.carry).values():
+            array.fill(0)
+        return buffers
+
+    def _admit(self, handle: Buffers, rows: list[int], observation: dict[str, Array]) -> None:
+        """Encode at the state's own number of slots, so that a request's bits do not depend on who came with it."""
+        slots = len(handle.signals)
+        whole = rows == list(range(slots))
+        if not whole and slots not in self._staging:
+            self._staging[slots] = self._allocate(slots)
+        target = handle if whole else self._staging[slots]
         binding = self._sessions["encode"].io_binding()
+        feeds = {}
         for name, array in observation.items():
-            _bind_input(binding, name, array)
-        for name, array in (buffers.context | buffers.carry).items():
+            # Rows that nobody wants repeat the first newcomer: valid input whatever the model's vocabulary.
+            feeds[name] = array if whole else np.concatenate((array, np.repeat(array[:1], slots - len(rows), axis=0)))
+            _bind_input(binding, name, feeds[name])
+        for name, array in (target.context | target.carry).items():
             _bind_output(binding, name, array)
         self._sessions["encode"].run_with_iobinding(binding)
-        return buffers
+        if not whole:
+            encoded = target.context | target.carry
+            self._write(handle, rows, {name: array[: len(rows)] for name, array in encoded.items()})
 
     def _allocate(self, count: int) -> Buffers:
         def empty(specs: tuple[Any, ...]) -> dict[str, Array]:
@@ -109,21 +128,21 @@ class OrtRunner(Runner):
         feeds = {name: handle.carry[name] for name in self._decode_inputs}
         return dict(zip(names, self._sessions["decode"].run(list(names), feeds), strict=True))
 
-    def _select(self, handle: Buffers, rows: list[int]) -> Buffers:
-        chosen = self._allocate(len(rows))
+    def _select(self, handle: Buffers, rows: list[int], slots: int) -> Buffers:
+        chosen = self._spare.pop(slots, None) or self._allocate(slots)
         for target, source in ((chosen.context, handle.context), (chosen.carry, handle.carry)):
             for name, array in source.items():
-                np.take(array, rows, axis=0, out=target[name])
+                np.take(array, rows, axis=0, out=target[name][: len(rows)])
+                target[name][len(rows) :] = 0
+        self._spare[len(handle.signals)] = handle
         return chosen
 
-    def _read(self, handle: Buffers) -> dict[str, Array]:
-        return {name: array.copy() for name, array in (handle.context | handle.carry).items()}
+    def _read(self, handle: Buffers, rows: list[int]) -> dict[str, Array]:
+        return {name: array[rows] for name, array in (handle.context | handle.carry).items()}
 
-    def _write(self, arrays: dict[str, Array]) -> Buffers:
-        buffers = self._allocate(len(next(iter(arrays.values()))))
-        for name, target in (buffers.context | buffers.carry).items():
-            target[...] = arrays[name]
-        return buffers
+    def _write(self, handle: Buffers, rows: list[int], arrays: dict[str, Array]) -> None:
+        for name, target in (handle.context | handle.carry).items():
+            target[rows] = arrays[name]
 
 
 def _bind_input(binding: Any, name: str, array: Array) -> None:

@@ -52,6 +52,15 @@ def hrm_graphs(config: HRMConfig) -> Graphs:
     )
 
 
+def hrm_spec(config: HRMConfig) -> ModelSpec:
+    """The contract of an HRM's graphs, before there is a bundle."""
+    graphs = hrm_graphs(config)
+    return ModelSpec(
+        graphs.encode.inputs, graphs.encode.outputs[:1], graphs.encode.outputs[1:], graphs.decode.outputs, SIGNALS,
+        config.halt_max_steps,
+    )  # fmt: skip
+
+
 def random_samples(model: ModelSpec, count: int) -> dict[str, Array]:
     """Seeded observations within the specs' ranges, for models without data at hand."""
     rng = np.random.default_rng(0)
@@ -91,13 +100,9 @@ def export_bundle(
     the model; nothing is left behind then.
     """
     config = recipe.config
-    graphs = hrm_graphs(config)
+    graphs, spec = hrm_graphs(config), hrm_spec(config)
     per_sample = 4 * config.positions * config.hidden_size * (3 + 2 * config.halt_max_steps)
     count = int(np.clip(REFERENCE_BYTES // per_sample, 2, MAX_SAMPLES))
-    spec = ModelSpec(
-        graphs.encode.inputs, graphs.encode.outputs[:1], graphs.encode.outputs[1:], graphs.decode.outputs, SIGNALS,
-        config.halt_max_steps,
-    )  # fmt: skip
     chosen = spec.validate_observation(samples, "samples") if samples else random_samples(spec, count)
     chosen = {name: array[:count] for name, array in chosen.items()}
     progress("reference")
@@ -136,7 +141,8 @@ def export_bundle(
         )
         save_bundle(folder, bundle)
         progress("gate")
-        with OrtRunner(folder, bundle.model, count, usable_cores(), optimized=True) as runner:
+        digest = sha256(folder / BUNDLE_FILE)
+        with OrtRunner(folder, bundle.model, count, usable_cores(), optimized=True, digest=digest) as runner:
             report = check(runner, load_reference(folder / "reference.npz"))
         if not report.passed:
             reasons = "; ".join(f"{f.name}: {f.detail}" for f in report.failures)

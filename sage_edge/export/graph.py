@@ -27,6 +27,7 @@ from sage_edge.specs import SLOTS, TensorSpec
 
 OPSET = 19
 MAX_GRAPH_BYTES = 2**31 - (64 << 20)  # protobuf's limit, less room for the graph itself; external data is refused
+LINE = 16  # float32 values in a 64-byte line, the widest vector and the alignment of ONNX Runtime's buffers
 SIGNALS = ("q_halt", "q_continue", "entropy_mean", "entropy_max", "changed", "z_H_change")
 
 # Operators of opset 19 that our models need; all are in onnx-tensorrt's table for TensorRT 10.3.
@@ -44,6 +45,7 @@ ALLOWED_OPS = frozenset(
         "GatherND",
         "Gemm",
         "Log",
+        "LogSoftmax",
         "MatMul",
         "Mul",
         "Neg",
@@ -121,14 +123,18 @@ class Refine(nn.Module):
         before = self.model.logits(z_H).argmax(-1)
         next_H, next_L, q = self.model.step(context, z_H, z_L)
         logits = self.model.logits(next_H).float()
-        probability = torch.softmax(logits, -1)
-        # log(p + tiny) is finite where p underflows to zero, and p * log p is zero there.
-        entropy = -(probability * torch.log(probability + 1e-30)).sum(-1)
+        # CPU kernels of Log and of sums treat the head and tail of a memory block differently from its middle, so that
+        # the last bit would depend on a slot's row. LogSoftmax works row by row, and with the vocabulary padded to whole
+        # 64-byte lines every slot begins at the same alignment: bits must not depend on the slot (scheduler, Pool).
+        terms = torch.softmax(logits, -1) * torch.log_softmax(logits, -1)
+        terms = nn.functional.pad(terms, (0, -terms.shape[-1] % LINE))
+        entropy = -terms.sum(-1)
+        entropy_mean = -terms.sum((1, 2)) / terms.shape[1]
         changed = (logits.argmax(-1) != before).float().mean(-1, keepdim=True)
         moved = (next_H - z_H).float().square().mean((1, 2)).sqrt()
         size = z_H.float().square().mean((1, 2)).sqrt()
         signals = torch.cat(
-            (q, entropy.mean(-1, keepdim=True), entropy.amax(-1, keepdim=True), changed,
+            (q, entropy_mean.unsqueeze(-1), entropy.amax(-1, keepdim=True), changed,
              (moved / (size + 1e-12)).unsqueeze(-1)), dim=-1
         )  # fmt: skip
         return next_H, next_L, signals

@@ -99,16 +99,20 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(hidden_size, 3 * hidden_size, bias=False)
         self.o_proj = Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
-        slots, positions, hidden = x.shape
+    def weights(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Attention weights [slots, heads, positions, positions], rows summing to 1, and values [.., head_dim]."""
+        slots, positions, _ = x.shape
         q, k, v = (
             part.view(slots, positions, self.num_heads, self.head_dim).transpose(1, 2)
             for part in self.qkv_proj(x).chunk(3, dim=-1)
         )
         if rotary is not None:
             q, k = rotary(q), rotary(k)
-        weight = torch.softmax((q * self.head_dim**-0.5) @ k.transpose(-1, -2), dim=-1)
-        out: Tensor = self.o_proj((weight @ v).transpose(1, 2).reshape(slots, positions, hidden))
+        return torch.softmax((q * self.head_dim**-0.5) @ k.transpose(-1, -2), dim=-1), v
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        weight, v = self.weights(x, rotary)
+        out: Tensor = self.o_proj((weight @ v).transpose(1, 2).reshape(x.shape))
         return out
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from sage_edge.engines.build import open_bundle, open_engine
 from sage_edge.engines.null import NullRunner
-from sage_edge.engines.runner import Runner
+from sage_edge.engines.runner import Runner, State
 from sage_edge.errors import InputError
 from sage_edge.models import load
 from sage_edge.specs import Array
@@ -180,3 +180,74 @@ def test_load_opens_what_a_user_names(tiny_engine: object, tiny_bundle: object, 
         with load(str(target)) as session:
             answers = session.infer(observation(session.runner, 11), halt="full")
         assert [a.steps for a in answers] == [4] * 11
+
+
+def full_state(runner: Runner, state: State) -> list[dict[str, Array]]:
+    """Three steps of a state: everything that comes of them, with the decoded outputs."""
+    names = tuple(s.name for s in runner.model.prediction)
+    out = []
+    for _ in range(3):
+        signals = runner.refine(state).copy()
+        out.append({**runner.read(state), **runner.decode(state, names), "signals": signals})
+    return out
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_bits_depend_on_the_shape_only_not_on_row_or_neighbours(runner: Runner, slots: int) -> None:
+    mine = observation(runner, 1, seed=9)
+    expected = None
+    for trial in range(3 * slots):
+        row = trial % slots
+        state = runner.encode(observation(runner, slots, seed=trial))
+        runner.refine(state)
+        runner.admit(state, [row], mine)
+        got = [{name: array[row] for name, array in step.items()} for step in full_state(runner, state)]
+        expected = expected or got
+        for a, b in zip(got, expected, strict=True):
+            for name in a:
+                np.testing.assert_array_equal(a[name], b[name], err_msg=f"{name} in row {row}")
+
+
+def test_admit_overwrites_its_rows_in_full_and_no_others(runner: Runner) -> None:
+    state = runner.encode(observation(runner, 4, seed=1))
+    runner.refine(state)
+    before = runner.read(state)
+    newcomers = observation(runner, 2, seed=2)
+    runner.admit(state, [3, 1], newcomers)
+    after, fresh = runner.read(state), runner.read(runner.encode(newcomers))
+    for name in before:
+        np.testing.assert_array_equal(after[name][[0, 2]], before[name][[0, 2]])
+        np.testing.assert_array_equal(after[name][[3, 1]], fresh[name])
+
+
+def test_select_into_a_larger_state_leaves_free_slots_for_admit(runner: Runner) -> None:
+    state = runner.encode(observation(runner, 2))
+    runner.refine(state)
+    before = runner.read(state)
+    larger = runner.select(state, [1], 4)
+    runner.admit(larger, [1, 2, 3], observation(runner, 3, seed=3))
+    smaller = runner.select(larger, [0], 1)
+    after = runner.read(smaller)
+    for name in before:
+        np.testing.assert_array_equal(after[name], before[name][[1]])
+
+
+def test_restore_continues_what_read_took_in_any_row(runner: Runner) -> None:
+    state = runner.encode(observation(runner, 2))
+    runner.refine(state)
+    taken = runner.read(state, [1])
+    expected = runner.refine(state)[1].copy()
+    other = runner.encode(observation(runner, 2, seed=5))
+    runner.restore(other, [0], taken)
+    np.testing.assert_array_equal(runner.refine(other)[0], expected)
+
+
+def test_rows_that_do_not_fit_are_refused(runner: Runner) -> None:
+    state = runner.encode(observation(runner, 2))
+    for rows in ([0], [0, 0], [0, 2], [-1, 0]):
+        with pytest.raises(InputError, match="different ones within 0..1"):
+            runner.admit(state, rows, observation(runner, 2))
+    with pytest.raises(InputError, match="not 1..1 of them"):
+        runner.select(state, [0, 1], 1)
+    with pytest.raises(InputError, match="0 requests at once"):
+        runner.empty(0)

@@ -24,7 +24,7 @@ pytest.importorskip("torch")
 def examine(folder: Path, bundle: Path, reference: Reference | None = None) -> CheckReport:
     """Check graphs of `folder`, which may be tampered with, under the specs of `bundle`; digests are not looked at."""
     known = reference or load_reference(bundle / "reference.npz")
-    with OrtRunner(folder, load_bundle(bundle).model, 4, 1, optimized=True) as runner:
+    with OrtRunner(folder, load_bundle(bundle).model, 4, 1, optimized=True, digest="0" * 64) as runner:
         return check(runner, known)
 
 
