@@ -57,9 +57,9 @@ class Case:
     random: HRMConfig | None = None
     data: str = ""
     examples: int = 512
-    calibration: int = 800
+    calibration: int = 500
     batches: tuple[int, ...] = (1, 8)
-    seconds: float = 3.0
+    seconds: float = 2.0
     cold_runs: int = 5
 
     def __post_init__(self) -> None:
