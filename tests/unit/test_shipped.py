@@ -106,8 +106,10 @@ def test_a_wheel_brings_the_model_and_benches_in_an_empty_folder(tmp_path: Path)
         archive.extractall(tmp_path / "site")
     empty = tmp_path / "empty"
     empty.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    command = [sys.executable, "-m", "sage_edge.cli", "bench", "--examples", "8", "--json"]
+    # -S: an editable installation's import hook would come before the unpacked wheel.
+    paths = [str(tmp_path / "site"), *(path for path in sys.path if path.endswith("site-packages"))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-S", "-m", "sage_edge.cli", "bench", "--examples", "8", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=empty, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
