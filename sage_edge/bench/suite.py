@@ -57,7 +57,7 @@ class Case:
     random: HRMConfig | None = None
     data: str = ""
     examples: int = 512
-    calibration: int = 500
+    calibration: int = 640
     batches: tuple[int, ...] = (1, 8)
     seconds: float = 2.0
     cold_runs: int = 5
