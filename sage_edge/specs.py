@@ -154,6 +154,14 @@ class ModelSpec:
             raise InputError(f"signal {name!r} is not given by this model; it gives {', '.join(self.signals)}")
         return self.signals.index(name)
 
+    def random_observation(self, count: int) -> dict[str, Array]:
+        """Seeded integer observations within the specs' ranges, for models without data at hand; first axis `count`."""
+        rng = np.random.default_rng(0)
+        return {
+            s.name: rng.integers(s.minimum or 0, (s.maximum or 0) + 1, (count, *s.item_shape)).astype(s.dtype)
+            for s in self.observation
+        }
+
     def validate_observation(self, arrays: dict[str, Array], source: str = "input") -> dict[str, Array]:
         """The checked observation: every array by its spec, all with the same number of requests.
 

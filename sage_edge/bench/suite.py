@@ -188,11 +188,7 @@ def _calibrate(session: Session, case: Case, folder: Path, progress: Progress) -
 def _observation(runner: Runner, data: Dataset | None, count: int) -> dict[str, Array]:
     if data is not None:
         return {name: array[:count] for name, array in data.observation.items()}
-    rng = np.random.default_rng(0)
-    return {
-        s.name: rng.integers(s.minimum or 0, (s.maximum or 0) + 1, (count, *s.item_shape)).astype(s.dtype)
-        for s in runner.model.observation
-    }
+    return runner.model.random_observation(count)
 
 
 def _peers(target: str, bundle: Path, threads: int, progress: Progress) -> dict[str, peer_module.Peer]:

@@ -61,15 +61,6 @@ def hrm_spec(config: HRMConfig) -> ModelSpec:
     )  # fmt: skip
 
 
-def random_samples(model: ModelSpec, count: int) -> dict[str, Array]:
-    """Seeded observations within the specs' ranges, for models without data at hand."""
-    rng = np.random.default_rng(0)
-    return {
-        s.name: rng.integers(s.minimum or 0, (s.maximum or 0) + 1, (count, *s.item_shape)).astype(s.dtype)
-        for s in model.observation
-    }
-
-
 @torch.no_grad()
 def reference_run(model: HRM, observation: dict[str, Array], steps: int) -> Reference:
     """What the fp32 torch model does with `observation` over `steps` steps."""
@@ -103,7 +94,7 @@ def export_bundle(
     graphs, spec = hrm_graphs(config), hrm_spec(config)
     per_sample = 4 * config.positions * config.hidden_size * (3 + 2 * config.halt_max_steps)
     count = int(np.clip(REFERENCE_BYTES // per_sample, 2, MAX_SAMPLES))
-    chosen = spec.validate_observation(samples, "samples") if samples else random_samples(spec, count)
+    chosen = spec.validate_observation(samples, "samples") if samples else spec.random_observation(count)
     chosen = {name: array[:count] for name, array in chosen.items()}
     progress("reference")
     reference = reference_run(model, chosen, config.halt_max_steps)
