@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 
-.PHONY: bench test lint clean
+.PHONY: bench test lint tensorrt-api clean
 bench: $(VENV)/.installed
 	$(BIN)/sage-edge bench
 
@@ -17,6 +17,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# NVIDIA's own bindings of three releases, fetched and read without TensorRT: do the names that we use exist in each?
+tensorrt-api: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.tensorrt_api.stubs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
