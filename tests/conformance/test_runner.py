@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sage_edge.bundle import GRAPH_NAMES, load_bundle
+from sage_edge.engines.accelerator_null import NullDevice
 from sage_edge.engines.build import open_bundle, open_engine
+from sage_edge.engines.device_runner import DeviceRunner, RunOptions
 from sage_edge.engines.null import NullRunner
+from sage_edge.engines.ort_program import OrtProgram
+from sage_edge.engines.program import Program
 from sage_edge.engines.runner import Runner, State
 from sage_edge.errors import InputError
 from sage_edge.models import load
 from sage_edge.specs import Array
 
-IMPLEMENTATIONS = ("null", "bundle", "engine")
+IMPLEMENTATIONS = ("null", "bundle", "engine", "device", "device-early")
+
+
+def null_device_runner(folder: Path, options: RunOptions) -> Runner:
+    bundle = load_bundle(folder)
+    programs: dict[str, Program] = {n: OrtProgram(folder / f"{n}.onnx", bundle.graph(n)) for n in GRAPH_NAMES}
+    return DeviceRunner(bundle, 4, "0" * 64, NullDevice(), programs, options)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -24,6 +36,10 @@ def make(request: pytest.FixtureRequest) -> Callable[[], Runner]:
     if request.param == "bundle":
         bundle = request.getfixturevalue("tiny_bundle")
         return lambda: open_bundle(bundle, slots=4)
+    if request.param.startswith("device"):  # the logic of GPU engines on the null device, with real arithmetic
+        bundle = request.getfixturevalue("tiny_bundle")
+        options = RunOptions(speculate="always" if request.param == "device-early" else "auto")
+        return lambda: null_device_runner(bundle, options)
     engine = request.getfixturevalue("tiny_engine")
     return lambda: open_engine(engine)
 

@@ -57,7 +57,7 @@ def uses(path: Path) -> list[Use]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "optional_member":
             owner, member = node.args
             if isinstance(owner, ast.Attribute) and isinstance(member, ast.Constant) and (name := dotted(owner)):
-                found.append(Use(f"{name}.{member.value}", True, path.name, node.lineno))
+                found.append(Use(f"{name}.{member.value!s}", True, path.name, node.lineno))
     return found
 
 
