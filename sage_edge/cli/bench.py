@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sage_edge.cli.evaluate import settled_line
-from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table
+from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table, progress_bar
 from sage_edge.config import load_yaml
 from sage_edge.device import usable_cores
 from sage_edge.errors import InputError
@@ -60,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         case = replace(case, examples=arguments.examples)
     threads = arguments.threads or usable_cores()
-    with _progress() as progress:
+    with progress_bar("bench") as progress:
         if arguments.suite == "slots":
             report = run_slots_case(case, threads, arguments.halt, progress)
         else:
@@ -85,30 +83,6 @@ def _case(arguments: argparse.Namespace) -> Any:
 
     engine = arguments.engine or REFERENCE_MODEL
     return Case(name=Path(engine).name or "engine", engine=engine, data=arguments.data or "")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """What is being measured: a bar on a terminal, one line a stage elsewhere; both on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        last = ""
-
-        def line(stage: str, done: float) -> None:
-            nonlocal last
-            if stage != last:
-                console.print(f"bench: {stage}")
-            last = stage
-
-        yield line
-        return
-    with Progress(TextColumn("{task.description:44}"), BarColumn(), TimeElapsedColumn(), console=console,
-                  transient=True) as bars:  # fmt: skip
-        task = bars.add_task("bench", total=1.0)
-        yield lambda stage, done: bars.update(task, description=stage, completed=done)
 
 
 def show(report: dict[str, Any]) -> None:

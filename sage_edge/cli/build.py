@@ -6,9 +6,10 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from sage_edge.cli.output import Subparsers, command, positive, print_json, stages
+from sage_edge.cli.output import Subparsers, command, positive, print_json, progress_bar, stages
 from sage_edge.config import load_yaml
-from sage_edge.engines.build import BuildRecipe, build
+from sage_edge.engines.build import BuildRecipe, Built, build
+from sage_edge.engines.gpu_recipe import GpuRecipe, choose_recipe, is_gpu_recipe
 from sage_edge.engines.manifest import MANIFEST_FILE
 from sage_edge.errors import InputError
 from sage_edge.models import bundle_of, locate
@@ -17,34 +18,65 @@ from sage_edge.models import bundle_of, locate
 def add(subparsers: Subparsers) -> None:
     parser = command(
         subparsers, "build", run, "bundle -> engine for this machine",
-        "Fuse and optimize the graphs for this machine, pass the gate, and keep the engine in the cache.\n"
+        "Build the engine of a bundle for the device at hand, pass the gate, and keep the engine in the cache.\n"
         "A second build of the same bundle on the same machine is instant.\n\n"
-        "  sage-edge build my-hrm.bundle --target cpu",
+        "  sage-edge build my-hrm.bundle                       ONNX Runtime on the CPU\n"
+        "  sage-edge build my-hrm.fp16.bundle --target orin-nano   TensorRT, on the Jetson itself\n\n"
+        "targets: cpu; orin-nano, thor, desktop (TensorRT: the recipe follows the bundle's precision, engines/*.yaml);\n"
+        "torch (AOTInductor, CPU or CUDA), torch-tensorrt, ort-cuda. Ctrl-C ends a build and leaves nothing behind.",
     )  # fmt: skip
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle, a model folder or the name of a shipped model")
-    parser.add_argument("--target", choices=("cpu",), default="cpu", help="cpu: ONNX Runtime, fp32 (default)")
+    parser.add_argument("--target", metavar="TARGET", help="what to build for (default: cpu)")
     parser.add_argument("--recipe", metavar="YAML", type=Path, help="build recipe (see engines/*.yaml)")
-    parser.add_argument("--slots", type=positive, help="requests that one call may carry (default 8)")
+    parser.add_argument("--slots", type=positive, help="requests that one call may carry (default: the recipe's)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all usable cores when opened)")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="write the engine there, not to the cache")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    recipe = load_yaml(arguments.recipe, BuildRecipe) if arguments.recipe else BuildRecipe()
-    chosen = {**asdict(recipe), "target": arguments.target}
-    chosen |= {name: value for name in ("slots", "threads") if (value := getattr(arguments, name)) is not None}
     folder = locate(arguments.bundle)
     if (folder / MANIFEST_FILE).is_file():
         raise InputError(f"{folder}: already an engine; `build` takes a bundle or a model folder")
-    try:
-        recipe = BuildRecipe(**chosen)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    with stages("build") as progress:
-        built = build(bundle_of(folder, progress), recipe, arguments.output, progress)
+    accelerated = is_gpu_recipe(arguments.recipe) if arguments.recipe else arguments.target not in (None, "cpu")
+    built = _for_accelerator(arguments, folder) if accelerated else _for_cpu(arguments, folder)
     if arguments.json:
         print_json({"engine": str(built.path), "cached": built.cached, **asdict(built.manifest)})
     else:
         found = "found in the cache" if built.cached else "built, gate passed"
         print(f"{built.path}: {built.manifest.name}, {built.manifest.target} {built.manifest.precision}, {found}")
+        for note in built.manifest.notes:
+            print(f"note: {note}")
     return 0
+
+
+def _for_cpu(arguments: argparse.Namespace, folder: Path) -> Built:
+    recipe = load_yaml(arguments.recipe, BuildRecipe) if arguments.recipe else BuildRecipe()
+    chosen = asdict(recipe)
+    chosen |= {n: value for n in ("target", "slots", "threads") if (value := getattr(arguments, n)) is not None}
+    try:
+        recipe = BuildRecipe(**chosen)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    with stages("build") as progress:
+        return build(bundle_of(folder, progress), recipe, arguments.output, progress)
+
+
+def _for_accelerator(arguments: argparse.Namespace, folder: Path) -> Built:
+    # Imported here: the other commands must not wait for onnx.
+    from sage_edge.engines.accelerated import build_accelerated, bundle_precision
+
+    if arguments.threads:
+        raise InputError("--threads: only engines for the CPU have threads")
+    with progress_bar("build") as progress:
+        bundle = bundle_of(folder, lambda stage: progress(stage, 0.0))
+        if arguments.recipe:
+            recipe = load_yaml(arguments.recipe, GpuRecipe)
+            if arguments.target not in (None, recipe.target):
+                raise InputError(
+                    f"{arguments.recipe}: a recipe for {recipe.target}, but --target is {arguments.target}"
+                )
+        else:
+            recipe = choose_recipe(arguments.target, bundle_precision(bundle))
+        if arguments.slots:
+            recipe = recipe.with_slots(arguments.slots)
+        return build_accelerated(bundle, recipe, arguments.output, progress)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sage_edge.bundle import GRAPH_NAMES, Bundle
-from sage_edge.engines.accelerator import CaptureError, Device, OutOfMemoryError, Stream
+from sage_edge.engines.accelerator import CaptureError, Device, DeviceInfo, OutOfMemoryError, Stream
 from sage_edge.engines.device_memory import Block, Slots, item_bytes, runs
 from sage_edge.engines.program import Execution, Program
 from sage_edge.engines.runner import Runner
@@ -54,11 +54,13 @@ class DeviceRunner(Runner):
     """Runs the three programs of `bundle` on `device`.
 
     notes: what did not go as wished and why (a graph that could not be captured, a smaller profile), for reports. When
-    memory does not suffice for `slots` slots, `activate` goes on with the next smaller of `shapes` and says so.
+    memory does not suffice for `slots` slots, `activate` goes on with the next smaller of `shapes` and says so. admits:
+    raises InputError for a device that the programs were not built for, before anything is loaded.
     """
 
     def __init__(self, bundle: Bundle, slots: int, digest: str, device: Device, programs: Mapping[str, Program],
-                 options: RunOptions | None = None, shapes: Sequence[int] | None = None) -> None:  # fmt: skip
+                 options: RunOptions | None = None, shapes: Sequence[int] | None = None,
+                 admits: Callable[[DeviceInfo], None] = lambda info: None) -> None:  # fmt: skip
         super().__init__(bundle.model, slots, digest)
         self.bundle = bundle
         self.device = device
@@ -66,6 +68,7 @@ class DeviceRunner(Runner):
         self.options = options or RunOptions()
         if shapes is not None:
             self.shapes = tuple(shapes)
+        self._admits = admits
         self.notes: list[str] = []
         self.foresight = Foresight()
         self.overruns = 0  # steps started early whose result nobody wanted
@@ -87,6 +90,7 @@ class DeviceRunner(Runner):
         self._capturing = self.options.graphs
         self.device.open()
         try:
+            self._admits(self.device.info)
             self._work = self.device.stream("normal")
             self._quick = self.device.stream("high")
             self._open()

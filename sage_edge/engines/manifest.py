@@ -14,6 +14,7 @@ from typing import Literal
 
 from sage_edge.bundle import BUNDLE_FILE, Bundle, verify_files
 from sage_edge.config import load_yaml
+from sage_edge.engines.gpu_recipe import GpuRecipe
 from sage_edge.errors import InputError
 
 FORMAT = "sage-edge-engine/1"
@@ -31,11 +32,12 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.yaml."""
+    """The content of manifest.yaml. For engines of accelerators: gpu: the recipe as used; key: of the
+    recipe as asked for (`accelerated_key`); notes: what did not go as asked for."""
 
     format: Literal["sage-edge-engine/1"]
     name: str
-    target: Literal["cpu"]
+    target: str
     precision: Literal["fp32"]
     slots: int
     threads: int
@@ -45,6 +47,9 @@ class Manifest:
     files: dict[str, str]
     fused: dict[str, int]
     gate: tuple[GateResult, ...]
+    key: str = ""
+    gpu: GpuRecipe | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_manifest(folder: Path) -> tuple[Manifest, Bundle]:

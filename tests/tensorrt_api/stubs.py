@@ -103,6 +103,10 @@ def tidy(text: str) -> str:
     # The alias tensorrt.bool would hide the type bool in every signature; our code says DataType.BOOL.
     text = re.sub(r"^bool: DataType\n", "", text, flags=re.M)
     text = re.sub(r"\b(?:typing_extensions\.)?[bB]uffer\b", "typing_extensions.Buffer", text)
+    # The buffer protocol is not in the docstrings.
+    text = text.replace(
+        "class IHostMemory:\n", "class IHostMemory:\n    def __buffer__(self, flags: int) -> memoryview: ...\n"
+    )
     # pybind11 turns a tuple into Dims by itself, which the signature in the docstring does not say.
     text = re.sub(r"\b(min|opt|max): Dims\b", r"\1: Dims | tuple[int, ...]", text)
     # add_scale_nd has an argument without a default after arguments that have one: Python's syntax has no such thing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import subprocess
 import sys
@@ -60,6 +61,23 @@ def test_a_name_that_does_not_exist_is_found(releases: dict[str, set[str]], tmp_
     assert missing(Use("BuilderFlag.FP16", False, "", 0), releases) == ["11.4.0.106"]
     assert missing(Use("BuilderFlag.FP16", True, "", 0), releases) == []
     assert wrong["BuilderFlag.FP17"] == wrong["Bilder"] == list(releases)
+
+
+def test_the_stand_in_for_tensorrt_has_no_name_that_the_real_one_lacks(releases: dict[str, set[str]]) -> None:
+    """The tests of tests/devices run against it; a method that only it had would prove nothing."""
+    pytest.importorskip("cuda.bindings.runtime")
+    from tests.devices import fake_tensorrt
+
+    found = set()
+    for name, value in vars(fake_tensorrt).items():
+        if isinstance(value, type) and value.__module__ == fake_tensorrt.__name__ and name != "Behaviour":
+            members = value.__members__ if issubclass(value, enum.Enum) else vars(value)
+            found |= {name, *(f"{name}.{member}" for member in members if not member.startswith("_"))}
+    assert len(found) > 80
+    lacking = {
+        name: versions for name in found if (versions := [v for v, names in releases.items() if name not in names])
+    }
+    assert lacking == {"NetworkDefinitionCreationFlag.EXPLICIT_BATCH": ["11.4.0.106"]}
 
 
 def test_mypy_rejects_what_a_release_does_not_have(folders: dict[str, Path], tmp_path: Path) -> None:
