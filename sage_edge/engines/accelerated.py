@@ -84,6 +84,7 @@ def build_accelerated(bundle_path: Path, recipe: GpuRecipe, output: Path | None 
         )
     target = target or target_of(recipe.engine)
     target.require()
+    target.refuse_bundle(bundle_path, bundle)
     device = target.device()
     with device:
         info = device.info

@@ -41,6 +41,10 @@ class EngineTarget(ABC):
         """The device that the engine runs on, not open."""
 
     @abstractmethod
+    def refuse_bundle(self, source: Path, bundle: Bundle) -> None:
+        """Raise InputError for a bundle that this target cannot take, as far as it can be said without building."""
+
+    @abstractmethod
     def make(self, source: Path, bundle: Bundle, recipe: GpuRecipe, folder: Path, report: Report) -> Made:
         """Write the engine's own files into `folder`. `source`: the bundle. Raises InputError, OutOfMemoryError, EngineError."""
 

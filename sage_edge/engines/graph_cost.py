@@ -15,6 +15,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from sage_edge.engines.onnx_graph import attribute, is_standard
+from sage_edge.errors import InputError
 from sage_edge.specs import SLOTS
 
 # Names of ONNX element types as this project says them, and their bytes (ONNX: TensorProto.DataType).
@@ -164,7 +165,10 @@ def _peak(model: onnx.ModelProto, values: dict[str, Value], origin: dict[str, st
 
 
 def sized_values(model: onnx.ModelProto, slots: int) -> dict[str, Value]:
-    """Every tensor whose type and shape can be inferred once the slot axis is a number; constants included."""
+    """Every tensor whose type and shape can be inferred once the slot axis is a number; constants included.
+
+    Raises InputError for a graph whose operators do not fit together.
+    """
     copy = onnx.ModelProto()
     copy.opset_import.extend(model.opset_import)
     copy.ir_version, copy.graph.name = model.ir_version, "sized"
@@ -182,7 +186,16 @@ def sized_values(model: onnx.ModelProto, slots: int) -> dict[str, Value]:
         axes = value.type.tensor_type.shape.dim
         if axes and axes[0].dim_param == SLOTS:
             axes[0].dim_value = slots
-    inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+    declared = {entry.domain for entry in copy.opset_import}
+    copy.opset_import.extend(
+        helper.make_opsetid(d, 1) for d in sorted({n.domain for n in graph.node} - declared - {"ai.onnx"})
+    )
+    try:
+        inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+    except onnx.shape_inference.InferenceError as error:
+        raise InputError(
+            f"the graph {source.name!r} contradicts itself: {str(error).strip().splitlines()[0]}"
+        ) from error
     found = {t.name: (t.data_type, tuple(t.dims)) for t in source.initializer}
     for value in (*inferred.value_info, *inferred.input, *inferred.output):
         tensor_type = value.type.tensor_type

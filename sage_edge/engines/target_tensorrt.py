@@ -22,6 +22,7 @@ from sage_edge.engines.graph_cost import sized_values
 from sage_edge.engines.inspector import LayerReport, node_types, read_layers
 from sage_edge.engines.program import Program
 from sage_edge.engines.tensorrt_api import numbers, require
+from sage_edge.engines.tensorrt_support import check_support
 from sage_edge.errors import InputError
 from sage_edge.files import write_atomic
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sage_edge.engines.tensorrt_program import TensorRTProgram
 
 GraphName = Literal["encode", "refine", "decode"]
+SHOWN = 3
 LAYERS_FILE = "layers.json"
 SHARES = {"encode": 0.05, "refine": 0.9, "decode": 0.05}  # of the build's time, for the progress bar
 
@@ -42,6 +44,17 @@ class TensorRTTarget(EngineTarget):
 
     def device(self) -> Device:
         return CudaDevice()
+
+    def refuse_bundle(self, source: Path, bundle: Bundle) -> None:
+        found = check_support(source, bundle, self.versions()["tensorrt"])
+        errors = [f for f in found.findings if f.severity == "error"]
+        if errors:
+            first = "; ".join(f"{f.graph}: {f.node} ({f.op}): {f.problem}: {f.change}" for f in errors[:SHOWN])
+            more = f"; and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
+            raise InputError(
+                f"{source}: TensorRT {found.release} does not take it: {first}{more}; `sage-edge check {source} --target "
+                f"tensorrt:{found.release}` shows all"
+            )
 
     def make(self, source: Path, bundle: Bundle, recipe: GpuRecipe, folder: Path, report: Report) -> Made:
         from sage_edge.engines.tensorrt_builder import build_plan
