@@ -186,10 +186,7 @@ def sized_values(model: onnx.ModelProto, slots: int) -> dict[str, Value]:
         axes = value.type.tensor_type.shape.dim
         if axes and axes[0].dim_param == SLOTS:
             axes[0].dim_value = slots
-    declared = {entry.domain for entry in copy.opset_import}
-    copy.opset_import.extend(
-        helper.make_opsetid(d, 1) for d in sorted({n.domain for n in graph.node} - declared - {"ai.onnx"})
-    )
+    declare_domains(copy)
     try:
         inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
     except onnx.shape_inference.InferenceError as error:
@@ -203,6 +200,13 @@ def sized_values(model: onnx.ModelProto, slots: int) -> dict[str, Value]:
         if tensor_type.HasField("shape") and min(shape, default=0) >= 0:
             found[value.name] = (tensor_type.elem_type, shape)
     return {name: _value(kind, shape) for name, (kind, shape) in found.items()}
+
+
+def declare_domains(model: onnx.ModelProto) -> None:
+    """Import every operator domain that the nodes use: shape inference stops at one that is not declared."""
+    declared = {entry.domain for entry in model.opset_import}
+    used = {node.domain for node in model.graph.node} - {"ai.onnx"}
+    model.opset_import.extend(helper.make_opsetid(domain, 1) for domain in sorted(used - declared))
 
 
 def _value(kind: int, shape: tuple[int, ...]) -> Value:

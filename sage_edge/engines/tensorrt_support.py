@@ -17,7 +17,7 @@ from onnx import NodeProto
 from sage_edge.bundle import GRAPH_NAMES, Bundle
 from sage_edge.config import load_yaml
 from sage_edge.engines.attention_pattern import Attention, find_attentions
-from sage_edge.engines.graph_cost import TYPES, Value, graph_cost, lowest_precision, sized_values
+from sage_edge.engines.graph_cost import TYPES, Value, declare_domains, graph_cost, lowest_precision, sized_values
 from sage_edge.engines.onnx_graph import Graph, attribute
 from sage_edge.engines.tensorrt_api import numbers
 from sage_edge.engines.tensorrt_qdq import quantization_findings
@@ -118,6 +118,7 @@ def check_model(name: str, model: onnx.ModelProto, release: str) -> tuple[list[F
     table = load_yaml(TABLE, Table)
     rules = table.releases[release]
     kinds = {op: table.families[family] for family, words in rules.types.items() for op in words.split()}
+    declare_domains(model)
     graph = Graph(model)
     values, doubled = sized_values(model, 2), sized_values(model, 4)
     findings = _opset(name, model, rules, release) + _boundary(name, model)
