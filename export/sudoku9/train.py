@@ -31,6 +31,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sage_edge.export.hrm import HRM
+from sage_edge.export.learning_curve import keep_until, plot
 from sage_edge.specs import HRMConfig
 
 CONFIG = HRMConfig(
@@ -295,41 +296,12 @@ class Trainer:
 
         weights = self.model.state_dict() | self.ema.shadow
         save_model_folder(run / "model", weights, name="sudoku9", config=self.config, source=source)
-        plot(run / "log.csv", run / "learning-curve.png")
-
-
-def keep_until(log: Path, step: int) -> None:
-    """Drop what was logged after the state was saved: those steps are about to be taken again."""
-    header, *rows = log.read_text().splitlines(keepends=True)
-    temporary = log.with_suffix(".tmp")
-    temporary.write_text("".join([header, *(row for row in rows if int(row.split(",")[0]) <= step)]))
-    os.replace(temporary, log)
-
-
-def plot(log: Path, image: Path) -> None:
-    """Learning curve of a log.csv: validation accuracy and cross-entropy against the optimiser step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with log.open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
-
-    def column(name: str) -> tuple[list[int], list[float]]:
-        known = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
-        return [step for step, _ in known], [value for _, value in known]
-
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6))
-    for name, label in (("val_exact_full", "full steps"), ("val_exact_learned", "learned rule")):
-        above.plot(*column(name), marker="o", markersize=3, label=label)
-    above.set_ylabel("exact, validation")
-    above.legend()
-    below.plot(*column("cross_entropy"), linewidth=0.8)
-    below.set_ylabel("cross-entropy, training")
-    below.set_xlabel("optimiser step")
-    figure.tight_layout()
-    figure.savefig(image, dpi=120)
+        plot(
+            run / "log.csv",
+            run / "learning-curve.png",
+            accuracy={"val_exact_full": "full steps", "val_exact_learned": "learned rule"},
+            loss="cross_entropy",
+        )
 
 
 def main() -> None:
