@@ -9,6 +9,7 @@ import socket
 import struct
 import tempfile
 import uuid
+from contextlib import suppress
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -174,10 +175,8 @@ class _QueueSender:
     def send(self, number: int) -> None:
         record = RECORD.pack(number)
         for one in self.queues:
-            try:
+            with suppress(queue.Full):
                 one.put_nowait(record)
-            except queue.Full:
-                pass
 
     def close(self) -> None:
         for one in self.queues:
@@ -234,10 +233,8 @@ class _SocketSender:
     def send(self, number: int) -> None:
         record = RECORD.pack(number)
         for one in self.sockets:
-            try:
+            with suppress(BlockingIOError, ConnectionRefusedError):
                 one.send(record)
-            except (BlockingIOError, ConnectionRefusedError):
-                pass
 
     def close(self) -> None:
         """The pairs belong to whoever prepared them."""

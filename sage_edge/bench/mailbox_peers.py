@@ -39,7 +39,7 @@ def silent(what: str) -> LinkError:
 
 def words_at(address: int, words: int) -> Words:
     """A view of memory at an address; valid as long as the memory is mapped."""
-    return np.frombuffer((ctypes.c_uint64 * words).from_address(address), np.uint64)
+    return np.ctypeslib.as_array((ctypes.c_uint64 * words).from_address(address))
 
 
 class Iceoryx2:
@@ -192,8 +192,8 @@ class _QueueLink:
         self, ours: tuple[SharedMemory, Queue[int]], theirs: tuple[SharedMemory, Queue[int]], words: int
     ) -> None:
         self.queues = ours[1], theirs[1]
-        self.out: Words | None = np.frombuffer(ours[0].buf, np.uint64, words)
-        self.into: Words | None = np.frombuffer(theirs[0].buf, np.uint64, words)
+        self.out: Words | None = np.ndarray(words, np.uint64, ours[0].buf)
+        self.into: Words | None = np.ndarray(words, np.uint64, theirs[0].buf)
 
     def send(self, write: Write, poll: bool) -> None:
         assert self.out is not None
@@ -245,12 +245,12 @@ class _SocketLink:
         self.socket = connection
         self.out: Words = np.zeros(words, np.uint64)
         self.into: Words = np.zeros(words, np.uint64)
-        self.view = memoryview(self.into).cast("B")
+        self.view = self.into.data.cast("B")
 
     def send(self, write: Write, poll: bool) -> None:
         write(self.out)
         self.socket.settimeout(TIMEOUT_S)
-        self.socket.sendall(self.out)
+        self.socket.sendall(self.out.data)
 
     def receive(self, read: Read, poll: bool) -> int:
         got, size = 0, len(self.view)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -142,10 +142,8 @@ class Pair:
         return result
 
     def close(self) -> None:
-        try:
+        with suppress(OSError):
             self.control.send(None)
-        except OSError:
-            pass
         self.process.join(TIMEOUT_S)
         if self.process.is_alive():
             self.process.kill()
