@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sage_edge.mailbox.errors import FullError
-from sage_edge.mailbox.spec import PortSpec
 
 from sage_edge.mailbox.attention import (
     MAX_TRUST,
@@ -27,6 +25,8 @@ from sage_edge.mailbox.attention import (
     Place,
     TrustScheduler,
 )  # fmt: skip
+from sage_edge.mailbox.errors import FullError
+from sage_edge.mailbox.spec import PortSpec
 
 if TYPE_CHECKING:
     from sage_edge.mailbox.ports import BroadcastPort, FocusPort
