@@ -1,6 +1,6 @@
 """Attention: keeps the latest frames, hears what is salient, sends the tiles that deserve a look.
 
-    python attention.py NAMESPACE
+python attention.py NAMESPACE
 """
 
 from __future__ import annotations

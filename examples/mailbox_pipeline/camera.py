@@ -1,6 +1,6 @@
 """The camera: reads image files at its rate, writes each frame in place into a slot, broadcasts how salient each tile is.
 
-    python camera.py NAMESPACE FOLDER [FPS]
+python camera.py NAMESPACE FOLDER [FPS]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The controller: turns towards what was seen, at a fixed rate; without news for a while it stops.
 
-    python controller.py NAMESPACE
+python controller.py NAMESPACE
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Perception: looks into the tiles it is given for something bright, and says where it is.
 
-    python perception.py NAMESPACE
+python perception.py NAMESPACE
 """
 
 from __future__ import annotations

@@ -178,7 +178,9 @@ def show(report: dict[str, Any]) -> None:
     print_table("killed with SIGKILL and started again", ("stage", "first command from a new image, s later"),
                 [(kill["stage"], None if kill["back_s"] is None else f"{kill['back_s']:.2f}") for kill in report["kills"]])  # fmt: skip
     if report["commands"]:
-        error = "" if report["error_p50_px"] is None else f", {report['error_p50_px']:.1f} pixels from the truth (median)"
+        error = (
+            "" if report["error_p50_px"] is None else f", {report['error_p50_px']:.1f} pixels from the truth (median)"
+        )
         print(f"{report['commands']} commands, image to command {report['latency_p50_ms']:.1f} ms p50, "
               f"{report['latency_p99_ms']:.1f} ms p99{error}")  # fmt: skip
     print(f"torn frames: {report['torn']}, slots lost: {report['leaked']}")
@@ -192,8 +194,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=seconds, default=10.0, help="from the first command on (default 10)")
     parser.add_argument("--fps", type=seconds, default=30.0, help="images a second (default 30)")
-    parser.add_argument("--images", metavar="FOLDER", type=Path, help="binary PGM files, 320 x 240 (default: generated)")
-    parser.add_argument("--kill", choices=("all", "none", *STAGES), default="all", help="whom to kill (default: all in turn)")
+    parser.add_argument(
+        "--images", metavar="FOLDER", type=Path, help="binary PGM files, 320 x 240 (default: generated)"
+    )
+    parser.add_argument(
+        "--kill", choices=("all", "none", *STAGES), default="all", help="whom to kill (default: all in turn)"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     arguments = parser.parse_args()
     try:
