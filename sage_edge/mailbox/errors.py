@@ -6,7 +6,14 @@ from sage_edge.errors import InputError, RefusedError, SageError
 
 
 class MismatchError(InputError):
-    """The port in memory and the one that was asked for differ (layout version, kind, spec); both sides are shown."""
+    """The port in memory and the one that was asked for differ (layout version, kind, spec); both sides are shown.
+
+    `found`: the spec in memory, canonical JSON; empty when the difference lies elsewhere.
+    """
+
+    def __init__(self, message: str, found: str = "") -> None:
+        super().__init__(message)
+        self.found = found
 
 
 class FullError(RefusedError):

@@ -176,6 +176,16 @@ def parse_canonical(text: str) -> PortSpec:
     return spec
 
 
+def explain_difference(found: str, wanted: str) -> str:
+    """In one line, which keys of two canonical specs differ."""
+    try:
+        a, b = json.loads(found), json.loads(wanted)
+        keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    except (ValueError, AttributeError, TypeError):
+        return "the spec in memory cannot be read"
+    return ", ".join(f"{key} is {a.get(key)!r} in memory, {b.get(key)!r} asked for" for key in keys)
+
+
 def check_name(name: str) -> str:
     """A port's or namespace's name. Raises ValueError when it is not one."""
     if not NAME.fullmatch(name):
