@@ -22,7 +22,7 @@ from sage_edge.errors import SageError
 Words = npt.NDArray[np.uint64]
 Touch = Literal["line", "page", "full"]
 End = Literal["ping", "pong"]
-Write = Callable[[Words], None]
+Write = Callable[[Words, int], None]
 Read = Callable[[Words], int]
 
 PAGE = 512  # words
@@ -41,8 +41,8 @@ class Link(Protocol):
     Both raise LinkError when the other end does not answer within TIMEOUT_S.
     """
 
-    def send(self, write: Write, poll: bool) -> None:
-        """Have `write` fill a payload, where the transport can in its own memory, and send it."""
+    def send(self, write: Write, value: int, poll: bool) -> None:
+        """Have `write` put `value` into a payload, where the transport can in its own memory, and send it."""
 
     def receive(self, read: Read, poll: bool) -> int:
         """Wait for the next payload, give what `read` makes of it, and hand the memory back."""
@@ -93,24 +93,19 @@ CONTESTANTS = (
 )
 
 
-def writer(touch: Touch, value: int) -> Write:
-    """Write `value` into the words that `touch` names."""
-    if touch == "line":
+def writer(touch: Touch) -> Write:
+    """Write a value into the words that `touch` names."""
 
-        def write(words: Words) -> None:
-            words[0] = value
+    def line(words: Words, value: int) -> None:
+        words[0] = value
 
-    elif touch == "page":
+    def page(words: Words, value: int) -> None:
+        words[::PAGE] = value
 
-        def write(words: Words) -> None:
-            words[::PAGE] = value
+    def full(words: Words, value: int) -> None:
+        words[:] = value
 
-    else:
-
-        def write(words: Words) -> None:
-            words[:] = value
-
-    return write
+    return {"line": line, "page": page, "full": full}[touch]
 
 
 def reader(touch: Touch) -> Read:
@@ -118,7 +113,7 @@ def reader(touch: Touch) -> Read:
     if touch == "line":
         return lambda words: int(words[0])
     if touch == "page":
-        return lambda words: int(words[::PAGE].sum())
+        return lambda words: int(words[::PAGE].sum()) if len(words) > PAGE else int(words[0])
     return lambda words: int(words.sum())
 
 

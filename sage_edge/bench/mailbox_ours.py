@@ -37,9 +37,9 @@ class _MailboxLink:
         self.into = ports.focus("pong" if end == "ping" else "ping", spec)
         self.poll: bool | None = None
 
-    def send(self, write: Write, poll: bool) -> None:
+    def send(self, write: Write, value: int, poll: bool) -> None:
         loan = self.out.loan()
-        write(loan.array)
+        write(loan.array, value)
         loan.send()
 
     def receive(self, read: Read, poll: bool) -> int:

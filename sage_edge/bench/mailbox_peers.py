@@ -87,9 +87,9 @@ class _Iceoryx2Link:
             found = self.views[address] = words_at(address, self.words)
         return found
 
-    def send(self, write: Write, poll: bool) -> None:
+    def send(self, write: Write, value: int, poll: bool) -> None:
         loan = self.publisher.loan_slice_uninit(self.words * 8)
-        write(self.view(loan.payload_ptr))
+        write(self.view(loan.payload_ptr), value)
         loan.assume_init().send()
         if not poll:
             self.notifier.notify()
@@ -146,8 +146,8 @@ class _ZeroMQLink:
         self.out: Words = np.zeros(words, np.uint64)
         self.copy = words * 8 <= 1 << 16  # below, one copy is cheaper than the bookkeeping of none
 
-    def send(self, write: Write, poll: bool) -> None:
-        write(self.out)
+    def send(self, write: Write, value: int, poll: bool) -> None:
+        write(self.out, value)
         self.socket.send(self.out, copy=self.copy)
 
     def receive(self, read: Read, poll: bool) -> int:
@@ -195,9 +195,9 @@ class _QueueLink:
         self.out: Words | None = np.ndarray(words, np.uint64, ours[0].buf)
         self.into: Words | None = np.ndarray(words, np.uint64, theirs[0].buf)
 
-    def send(self, write: Write, poll: bool) -> None:
+    def send(self, write: Write, value: int, poll: bool) -> None:
         assert self.out is not None
-        write(self.out)
+        write(self.out, value)
         self.queues[0].put(0)
 
     def receive(self, read: Read, poll: bool) -> int:
@@ -247,8 +247,8 @@ class _SocketLink:
         self.into: Words = np.zeros(words, np.uint64)
         self.view = self.into.data.cast("B")
 
-    def send(self, write: Write, poll: bool) -> None:
-        write(self.out)
+    def send(self, write: Write, value: int, poll: bool) -> None:
+        write(self.out, value)
         self.socket.settimeout(TIMEOUT_S)
         self.socket.sendall(self.out.data)
 

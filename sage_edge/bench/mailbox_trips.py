@@ -1,7 +1,7 @@
 """Round trips between two Python processes, transport by transport in turn: time, CPU use, and pages touched.
 
 The measuring process is `ping`; each transport has a `pong` in a process of its own, which waits on a pipe, in the kernel,
-while others are measured. Every answer is checked: pong adds 1 to what it read.
+while others are measured. Every answer is checked: pong adds 2 to what it read.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sage_edge.bench.timing import Latency
 
 SIZES = (64, 4096, 1 << 20, 8 << 20)
 MASK = (1 << 64) - 1
+LEAST = 5  # exchanges of a block, however long they take
 Progress = Callable[[str, float], None]
 
 
@@ -35,34 +36,42 @@ def touches(size: int) -> tuple[Touch, ...]:
 
 @dataclass(frozen=True)
 class Block:
-    """What pong is told: so many exchanges, touched and waited for like this. pages: count the pages that are touched."""
+    """What pong is told: how payloads are touched and waited for. seconds: how long ping goes on, for at least LEAST exchanges.
+    pages: one exchange only, and count the pages that are touched."""
 
-    exchanges: int
     touch: Touch
     poll: bool
+    seconds: float = 0.0
     pages: bool = False
 
 
 def exchange(link: Link, block: Block, words: int, seconds: list[float]) -> None:
     """Ping's side of a block; appends the time of each round trip. Raises LinkError when an answer is not what it must be."""
-    read, parts = reader(block.touch), touched(words, block.touch)
-    for value in range(block.exchanges):
+    write, read, parts = writer(block.touch), reader(block.touch), touched(words, block.touch)
+    least = 1 if block.pages else LEAST
+    until = time.perf_counter() + block.seconds
+    number, last = 0, False
+    while not last:
+        last = number + 1 >= least and time.perf_counter() >= until
+        value = 2 * number + last  # an odd one ends the block
         began = time.perf_counter()
-        link.send(writer(block.touch, value), block.poll)
+        link.send(write, value, block.poll)
         answer = link.receive(read, block.poll)
         seconds.append(time.perf_counter() - began)
-        if answer != (value + 1) * parts & MASK:
+        if answer != (value + 2) * parts & MASK:
             raise LinkError(
-                f"message {value}: read {answer}, not {(value + 1) * parts}: the payload was torn or mixed up"
+                f"message {number}: read {answer}, not {(value + 2) * parts}: the payload was torn or mixed up"
             )
+        number += 1
 
 
 def echo(link: Link, block: Block, words: int) -> None:
     """Pong's side of a block."""
-    read, parts = reader(block.touch), touched(words, block.touch)
-    for _ in range(block.exchanges):
+    write, read, parts = writer(block.touch), reader(block.touch), touched(words, block.touch)
+    value = 0
+    while value % 2 == 0:
         value = link.receive(read, block.poll) // parts
-        link.send(writer(block.touch, value + 1), block.poll)
+        link.send(write, value + 2, block.poll)
 
 
 def pong(control: Connection, contestant: Contestant, shared: Any, words: int, core: int | None) -> None:
@@ -186,24 +195,20 @@ def round_trips(
 def _in_turn(
     pairs: list[Pair], size: int, touch: Touch, poll: bool, seconds: float, rounds: int
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """All pairs in turn, round after round, in blocks of about seconds / rounds; a first one for each is not counted."""
-    counts = []
+    """All pairs in turn, round after round, in blocks of seconds / rounds; a short one comes first and is not counted."""
     for pair in pairs:
-        pair.run(Block(3, touch, poll))
+        pair.run(Block(touch, poll))
         pair.taken()
-        pair.run(Block(10, touch, poll))
-        per_trip = pair.taken()["latency"]["min_ms"] / 1e3  # the median of ten may be that of a disturbance
-        counts.append(max(5, round(seconds / rounds / per_trip)))
     for _ in range(rounds):
-        for pair, count in zip(pairs, counts, strict=True):
-            pair.run(Block(count, touch, poll))
+        for pair in pairs:
+            pair.run(Block(touch, poll, seconds / rounds))
     wait = "poll" if poll else "block"
     return [{"transport": pair.name, "bytes": size, "touch": touch, "wait": wait, **pair.taken()} for pair in pairs]
 
 
 def _pages(pair: Pair, repeats: int = 5) -> float | None:
     """Median of the pages touched by both processes in one blocking round trip that touches one line at each end."""
-    found = [pair.run(Block(1, "line", False, pages=True)) for _ in range(repeats)]
+    found = [pair.run(Block("line", False, pages=True)) for _ in range(repeats)]
     pair.taken()
     counted = [pages for pages in found if pages is not None]
     return float(np.median(counted)) if counted else None

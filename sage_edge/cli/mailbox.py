@@ -170,11 +170,10 @@ def _tap(arguments: argparse.Namespace) -> int:
     focus = mailbox.stats(name).kind == "focus"
     if arguments.output and not focus:
         raise InputError(f"{arguments.port}: -o saves tensors of focus ports; this one carries records: use --json")
-    with mailbox.tap(name) as tap:
-        shown = _follow(arguments, tap, name)
-        missed = tap.missed
+    tap = mailbox.tap(name)
+    shown = _follow(arguments, tap, name)
     if not arguments.json:
-        print(f"{shown} shown, {missed} passed unseen")
+        print(f"{shown} shown, {tap.missed} passed unseen")
     return 0
 
 

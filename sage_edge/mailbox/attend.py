@@ -57,7 +57,7 @@ class Tag(NamedTuple):
         return cls(tag >> _SENSOR_BITS & _mask(_FRAME_BITS), Place(tag & _mask(_SENSOR_BITS), tile), level)
 
 
-def salience_spec(depth: int = 1024, producers: int = 8) -> PortSpec:
+def salience_spec(depth: int = 512, producers: int = 8) -> PortSpec:
     """The spec of a port that carries SALIENCE records. depth: newest records kept of each producer."""
     fields = {name: SALIENCE[name].str for name in SALIENCE.names or ()}
     return PortSpec(kind="broadcast", depth=depth, producers=producers, fields=fields)
