@@ -33,7 +33,7 @@ FocusHandle::FocusHandle(nb::dict arguments) {
   shape_fixed_ = spec_shaped_;
   for (int i = 0; i < spec_.ndim; ++i) shape_fixed_ = shape_fixed_ && spec_.extent[i];
   spec_.device_type = device_type;
-  holds_.resize(o.geometry.slots, nullptr);
+  kept_.resize(o.geometry.slots);
   const Status s = without_gil([&] { return port.open(*region_, o.label.c_str()); });
   if (s != Status::Ok) raise_status(s, name);
 }
@@ -50,20 +50,28 @@ void FocusHandle::close() {
 
 void FocusHandle::shut() {
   closed_ = true;
-  for (PyObject*& hold : holds_) Py_CLEAR(hold);
+  for (ArrayPair& pair : kept_) pair.clear();
   if (region_) port.leave();
   region_.reset();
 }
 
-PyObject* FocusHandle::take_hold(std::uint32_t slot) {
-  PyObject* hold = holds_[slot];
-  holds_[slot] = nullptr;
-  return hold ? hold : new_hold();
+ArrayPair FocusHandle::take_arrays(std::uint32_t slot, const Descriptor& descriptor, bool writable) {
+  ArrayPair pair = kept_[slot];
+  kept_[slot] = {};
+  if (pair.array && is_array_of(pair.array, descriptor, payload(slot), writable)) return pair;
+  Py_CLEAR(pair.array);
+  if (!pair.hold) pair.hold = new_hold();
+  if (pair.hold) pair.array = new_array(descriptor, payload(slot), pair.hold, writable);
+  if (!pair.array) {
+    pair.clear();
+    throw nb::python_error();
+  }
+  return pair;
 }
 
-void FocusHandle::keep_hold(std::uint32_t slot, PyObject* hold) {
-  std::swap(holds_[slot], hold);
-  Py_XDECREF(hold);
+void FocusHandle::keep_arrays(std::uint32_t slot, const ArrayPair& pair) {
+  kept_[slot].clear();
+  kept_[slot] = pair;
 }
 
 const char* FocusHandle::misfit(const Descriptor& d) const {
@@ -173,7 +181,7 @@ nb::object FocusHandle::receive(nb::handle self, nb::handle timeout) {
   nb::object out = nb::none();
   if (try_receive(self, out)) return out;
   const std::uint64_t deadline = deadline_of(timeout);
-  if (deadline == 0) return out;
+  if (deadline == 0 || (brief_spin(spin_ns, [&] { return port.items_ready(); }) && try_receive(self, out))) return out;
   // Another thread may close the port while we wait without the GIL: the mapping must stay until we are back.
   pin();
   const auto attempt = [&] { return closed_ || try_receive(self, out); };
@@ -213,13 +221,8 @@ FocusHandle& SlotHandle::require_active(const char* what) const {
 
 nb::object SlotHandle::array(bool writable) {
   FocusHandle& port = require_active("array");
-  if (!array_) {
-    if (!hold_) hold_ = port.take_hold(slot);
-    if (!hold_) throw nb::python_error();
-    array_ = new_array(descriptor, port.payload(slot), hold_, writable);
-    if (!array_) throw nb::python_error();
-  }
-  return nb::borrow(array_);
+  if (!arrays_.array) arrays_ = port.take_arrays(slot, descriptor, writable);
+  return nb::borrow(arrays_.array);
 }
 
 nb::object SlotHandle::dlpack(bool writable, nb::handle stream, nb::handle max_version, nb::handle dl_device, nb::handle copy) {
@@ -237,7 +240,7 @@ nb::dict SlotHandle::cuda_interface(bool writable) {
   return python::cuda_interface(descriptor, address, !writable);
 }
 
-bool SlotHandle::views_alive() const { return array_ && (Py_REFCNT(array_) > 1 || Py_REFCNT(hold_) > 2); }
+bool SlotHandle::views_alive() const { return arrays_.array && (Py_REFCNT(arrays_.array) > 1 || Py_REFCNT(arrays_.hold) > 2); }
 
 bool SlotHandle::end(Hold::Duty duty) {
   FocusHandle& port = *port_;
@@ -246,19 +249,17 @@ bool SlotHandle::end(Hold::Duty duty) {
   port_object_ = nullptr;
   const bool lingering = views_alive();
   if (lingering) {
-    Hold& hold = hold_of(hold_);
+    Hold& hold = hold_of(arrays_.hold);
     hold.duty = duty;
     hold.port = &port;
     hold.port_object = port_object;  // with our pin
     hold.slot = slot;
     hold.word = word_;
-    Py_CLEAR(array_);
-    Py_CLEAR(hold_);
+    arrays_.clear();
     return true;
   }
-  Py_CLEAR(array_);
-  if (hold_) port.keep_hold(slot, hold_);
-  hold_ = nullptr;
+  if (arrays_.array) port.keep_arrays(slot, arrays_);
+  arrays_ = {};
   if (duty != Hold::Duty::None) port.give_back(slot, word_, duty == Hold::Duty::Release);
   port.unpin();
   Py_DECREF(port_object);
@@ -282,12 +283,12 @@ std::uint64_t Loan::send(nb::handle view, std::uint32_t tag, nb::handle trust, n
   }
   const bool referenced = views_alive();
   if (referenced) {
-    set_writable(array_, false);
+    set_writable(arrays_.array, false);
     if (view.is_none()) {
       try {
         warn_views("send: the loan's array is still referenced; it is read-only now, but a slice taken before would write into what the receiver sees");
       } catch (...) {
-        set_writable(array_, true);  // the warning is an error here: nothing is sent
+        set_writable(arrays_.array, true);  // the warning is an error here: nothing is sent
         throw;
       }
     }

@@ -7,6 +7,14 @@
 
 namespace sage_edge::mailbox::python {
 
+struct ArrayPair {
+  PyObject *hold = nullptr, *array = nullptr;
+  void clear() {
+    Py_CLEAR(array);
+    Py_CLEAR(hold);
+  }
+};
+
 class FocusHandle {
  public:
   explicit FocusHandle(nb::dict arguments);
@@ -32,8 +40,10 @@ class FocusHandle {
       port.cancel({slot, word});
     }
   }
-  PyObject* take_hold(std::uint32_t slot);               // new reference
-  void keep_hold(std::uint32_t slot, PyObject* hold);    // steals the reference
+  // A hold and an array over a slot: those of its last use when nobody refers to them and they fit, else new ones. Both
+  // references are the caller's. Throws.
+  ArrayPair take_arrays(std::uint32_t slot, const Descriptor& descriptor, bool writable);
+  void keep_arrays(std::uint32_t slot, const ArrayPair& pair);  // steals both references
   std::uint8_t* payload(std::uint32_t slot) const { return port.region().payload(slot); }
   std::uint64_t device_address(std::uint32_t slot) const {
     return device_base ? device_base + (payload(slot) - port.region().base()) : 0;
@@ -61,7 +71,7 @@ class FocusHandle {
   bool shape_fixed_ = false;  // and the length of each
   PyObject* last_dtype_ = nullptr;
   int last_code_ = 0;
-  std::vector<PyObject*> holds_;
+  std::vector<ArrayPair> kept_;
   std::uint32_t pins_ = 0;
   bool closed_ = false;
 };
@@ -94,8 +104,7 @@ class SlotHandle {
   std::uint64_t word_;
   FocusHandle* port_;
   PyObject* port_object_;
-  PyObject* array_ = nullptr;
-  PyObject* hold_ = nullptr;
+  ArrayPair arrays_;
 };
 
 class Loan : public SlotHandle {

@@ -12,6 +12,7 @@ namespace {
 constexpr int kTypes[] = {0,         NPY_BOOL,   NPY_INT8,  NPY_INT16,   NPY_INT32,   NPY_INT64,     NPY_UINT8,    NPY_UINT16,
                           NPY_UINT32, NPY_UINT64, NPY_HALF, NPY_FLOAT32, NPY_FLOAT64, NPY_COMPLEX64, NPY_COMPLEX128};
 constexpr std::uint8_t kCodes = sizeof kTypes / sizeof *kTypes;
+PyArray_Descr* builtin[kCodes];  // NumPy's own, one for each type
 
 int import_numpy() {
   import_array1(-1);
@@ -33,6 +34,7 @@ void destroy_hold(PyObject* capsule) {
 
 void load_numpy() {
   if (import_numpy() != 0) throw nb::python_error();
+  for (int code = 1; code < kCodes; ++code) builtin[code] = PyArray_DescrFromType(kTypes[code]);
 }
 
 int dtype_code(nb::handle dtype) {
@@ -77,6 +79,20 @@ PyObject* new_array(const Descriptor& d, void* data, PyObject* hold, bool writab
     return nullptr;
   }
   return array;
+}
+
+bool is_array_of(PyObject* array, const Descriptor& d, const void* data, bool writable) {
+  auto* a = reinterpret_cast<PyArrayObject*>(array);
+  const int flags = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED | (writable ? NPY_ARRAY_WRITEABLE : 0);
+  const int relevant = flags | NPY_ARRAY_WRITEABLE | NPY_ARRAY_OWNDATA | NPY_ARRAY_WRITEBACKIFCOPY;
+  if (d.ndim & kStrided || d.dtype >= kCodes || PyArray_DATA(a) != data || PyArray_NDIM(a) != d.ndim ||
+      (PyArray_FLAGS(a) & relevant) != flags || PyArray_DESCR(a) != builtin[d.dtype]) {
+    return false;
+  }
+  for (int i = 0; i < d.ndim; ++i) {
+    if (PyArray_DIM(a, i) != static_cast<npy_intp>(d.extent[i])) return false;
+  }
+  return true;
 }
 
 PyObject* new_record_array(PyObject* dtype, void* data, PyObject* owner) {

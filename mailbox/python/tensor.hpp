@@ -28,6 +28,8 @@ Hold& hold_of(PyObject* capsule);
 
 // A new array over `data`; owns a reference to `hold`. Null with a Python error.
 PyObject* new_array(const Descriptor& descriptor, void* data, PyObject* hold, bool writable);
+// Is it still just what `new_array` would make? (Its owner may have changed shape, dtype or flags in place.)
+bool is_array_of(PyObject* array, const Descriptor& descriptor, const void* data, bool writable);
 PyObject* new_record_array(PyObject* dtype, void* data, PyObject* owner);
 void set_writable(PyObject* array, bool writable);
 nb::tuple shape_of(const Descriptor& descriptor);

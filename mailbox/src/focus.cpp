@@ -158,40 +158,37 @@ Status FocusPort::cancel(const Loan& loan) noexcept {
   return Status::Ok;
 }
 
-Status FocusPort::try_receive(Received& out) noexcept {
+// The READY slot with the smallest ticket; false when there is none.
+bool FocusPort::oldest(std::uint32_t& at, std::uint64_t& word) const noexcept {
   const std::uint32_t slots = region_->geometry().slots;
-  Slot* slot = region_->slots();
+  std::uint64_t least = kNoTicket;
+  for (std::uint32_t i = 0; i < slots; ++i) {
+    const std::uint64_t w = region_->slots()[i].word.load(memory_order_acquire);
+    if (state_of(w) != State::Ready || ticket_of(w) >= least) continue;
+    least = ticket_of(w);
+    word = w;
+    at = i;
+  }
+  return least != kNoTicket;
+}
+
+Status FocusPort::try_receive(Received& out) noexcept {
+  std::uint64_t before = 0;
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     if (const Status s = usable(); s != Status::Ok) return s;
-    if (!items_ready()) {  // step 1
+    std::uint32_t at = 0;
+    std::uint64_t word = 0;
+    if (!oldest(at, word)) {  // step 1
       sweep(now_ns());
       return Status::Empty;
     }
-    const std::uint64_t c0 = region_->control().tickets.load(memory_order_acquire);  // step 2
-    std::uint64_t oldest = 0, least = kNoTicket;
-    std::uint32_t at = 0;
-    for (std::uint32_t i = 0; i < slots; ++i) {
-      const std::uint64_t w = slot[i].word.load(memory_order_acquire);
-      if (state_of(w) == State::Ready && ticket_of(w) < least) {
-        oldest = w;
-        least = ticket_of(w);
-        at = i;
-      }
-    }
-    if (least == kNoTicket || least >= c0) {
-      // A ticket that nobody was given would keep us here for ever: only a peer that scribbles makes one.
-      if (least != kNoTicket && least >= region_->control().tickets.load(memory_order_acquire)) {
-        const std::uint64_t fresh = region_->control().tickets.fetch_add(1, memory_order_acq_rel);
-        slot[at].word.compare_exchange_strong(oldest, make_word(fresh, 0, State::Free), memory_order_seq_cst);
-        count(Counter::Corrupt);
-        out.wrong = "ticket";
-        return Status::Corrupt;
-      }
+    if (word != before) {  // step 2
+      before = word;
       continue;
     }
-    const std::uint64_t held = make_word(least, index(), State::Held);
-    if (!slot[at].word.compare_exchange_strong(oldest, held, memory_order_seq_cst, memory_order_relaxed)) continue;  // step 3
-    out.producer = owner_of(oldest);
+    const std::uint64_t held = make_word(ticket_of(word), index(), State::Held);
+    if (!region_->slots()[at].word.compare_exchange_strong(word, held, memory_order_seq_cst, memory_order_relaxed)) continue;  // step 3
+    out.producer = owner_of(before);
     const std::uint64_t now = now_ns();
     const Status s = take(at, held, now, out);
     sweep(now);

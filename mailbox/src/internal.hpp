@@ -11,14 +11,6 @@ constexpr std::uint32_t kSends = 1, kReceives = 2, kHasFifo = 4;
 // Every failed attempt means that another party made a step; only one that scribbles in the memory makes so many.
 constexpr int kAttempts = 10'000;
 
-inline void relax() noexcept {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("isb" ::: "memory");  // yield is a no-op on most cores
-#endif
-}
-
 // Wait, steps 2 to 5 of LAYOUT.md section 7. `ready` must only look, with seq_cst loads.
 template <class Ready>
 Woken wait_event(std::atomic<std::uint32_t>& event, std::uint64_t deadline, std::uint64_t spin_ns, Ready ready) noexcept {
@@ -29,7 +21,7 @@ Woken wait_event(std::atomic<std::uint32_t>& event, std::uint64_t deadline, std:
   while (now < spin_end && now < deadline) {
     for (int i = 0; i < 8; ++i) {
       if (ready()) return Woken::Ready;
-      relax();
+      pause_core();
     }
     now = now_ns();
   }

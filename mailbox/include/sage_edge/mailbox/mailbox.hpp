@@ -109,6 +109,15 @@ constexpr std::uint64_t kForever = ~0ull;
 constexpr std::uint64_t kSliceNs = 50'000'000;   // longest sleep, and how often a handle sweeps
 constexpr std::uint64_t kUrgentNs = 5'000'000;   // at most this often when a loan would fail
 
+// Tells the core that this is a spin loop.
+inline void pause_core() noexcept {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb" ::: "memory");  // yield is a no-op on most cores
+#endif
+}
+
 // --- what both kinds of port share
 
 class Port {
@@ -173,6 +182,7 @@ class FocusPort : public Port {
 
  private:
   Status take(std::uint32_t slot, std::uint64_t word, std::uint64_t now, Received& out) noexcept;
+  bool oldest(std::uint32_t& at, std::uint64_t& word) const noexcept;
   bool drop_stale(std::uint64_t now) noexcept;
   Status steal(bool capped, std::uint16_t trust, Loan& out) noexcept;
 };
