@@ -42,7 +42,7 @@ class CudaDriver:
         try:
             status, *results = getattr(self.cuda, name)(*arguments)
         except RuntimeError as error:  # the bindings load libcuda at the first call
-            raise DeviceError(f"no CUDA driver: {error}; install the NVIDIA driver, or use memory: shm") from error
+            raise DeviceError(f"no CUDA driver: {error}; install the NVIDIA driver") from error
         if status != self.cuda.CUresult.CUDA_SUCCESS:
             raise DeviceError(f"{name}: {getattr(status, 'name', status)} on CUDA device {self.device}")
         return results[0] if results else None

@@ -1,6 +1,6 @@
 """How processes that share a device port hand each other what a file cannot hold: descriptors of device memory, names of events.
 
-Every process that has such a port open answers on a Unix socket beside the port's file, `.exchange.PORT.INDEX` (INDEX: its
+Every process that has such a port open answers on a Unix socket beside the port's file, `.exchange.PORT@INDEX` (INDEX: its
 participant), from one thread. A question is one datagram of 16 bytes, the answer one of 104, with at most one file
 descriptor (SCM_RIGHTS, unix(7)). Both sides check that the other has the same user (SO_PEERCRED). The socket of a
 process that was killed refuses connections, so the dead are told from the living without a timeout.
@@ -25,6 +25,8 @@ ANSWER_S = 2.0  # how long a living process may take
 _QUESTION = struct.Struct("<8sII")
 _ANSWER = struct.Struct(f"<8sIIQQQ{HANDLE_BYTES}s")
 _MAGIC = b"SAGEXCH1"
+_SPAN = struct.Struct("<QQ")
+_SPANS_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ Provide = Callable[
 
 
 def socket_name(port: str, index: int) -> str:
-    return f".exchange.{port}.{index}"
+    return f".exchange.{port}@{index}"  # no port has an @ in its name
 
 
 class Exchange:
@@ -148,6 +150,36 @@ def _same_user(connection: socket.socket) -> bool:
     size = struct.calcsize("3i")
     _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return bool(user == os.geteuid())
+
+
+def note_closed(directory: Path, port: str, index: int, opened: int, closed: int) -> None:
+    """Leave word that participant `index` closed the port in order, all of its device work done (CLOCK_MONOTONIC ns)."""
+    path = _closed(directory, port, index)
+    with suppress(FileNotFoundError):
+        if path.stat().st_size >= _SPANS_KEPT * _SPAN.size:  # the index is ours: nobody else writes here now
+            kept = path.read_bytes()[-_SPANS_KEPT // 2 * _SPAN.size :]
+            temporary = path.with_name(f"{path.name}.new")
+            temporary.write_bytes(kept)
+            temporary.replace(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.write(descriptor, _SPAN.pack(opened, closed))
+    finally:
+        os.close(descriptor)
+
+
+def was_closed(directory: Path, port: str, index: int, at: int) -> bool:
+    """Did whoever was participant `index` at the time `at` close the port in order later? A killed process did not."""
+    try:
+        content = _closed(directory, port, index).read_bytes()
+    except FileNotFoundError:
+        return False
+    whole = len(content) // _SPAN.size * _SPAN.size
+    return any(opened <= at <= closed for opened, closed in _SPAN.iter_unpack(content[:whole]))
+
+
+def _closed(directory: Path, port: str, index: int) -> Path:
+    return directory / f"{socket_name(port, index)}.closed"
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def test_an_event_by_number_and_none_where_there_is_none(server: subprocess.Pope
 
 
 def test_the_socket_is_private(server: subprocess.Popen[str], tmp_path: Path) -> None:
-    assert (tmp_path / ".exchange.camera.3").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / ".exchange.camera@3").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_killed_process_is_not_there_and_its_index_can_be_used_again(
@@ -94,7 +94,7 @@ def test_nonsense_gets_no_answer_and_harms_nobody(
     question: bytes, server: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        connection.connect(str(tmp_path / ".exchange.camera.3"))
+        connection.connect(str(tmp_path / ".exchange.camera@3"))
         connection.send(question)
         connection.shutdown(socket.SHUT_WR)
         connection.settimeout(5)

@@ -274,18 +274,21 @@ SAGE_EDGE_DEVICE Result release(const Focus& port, const Claim& item) {
 // Receive, without waiting: the oldest item. kBad: it was impossible and has been freed and counted; try again.
 SAGE_EDGE_DEVICE Result try_pop(const Focus& port, u64 now_ns, Claim& out, Descriptor& descriptor) {
   if (removed(port.base)) return kGone;
+  u64 before = 0;
   for (int turn = 0; turn < kTurns; ++turn) {
-    const u64 limit = load_acquire(reinterpret_cast<const u64*>(port.base + kTickets));  // Receive 2
     u64 oldest = ~0ull, chosen = 0;
     u32 slot = 0;
     for (u32 i = 0; i < port.slots; ++i) {
       const u64 word = load_acquire(word_at(port, i));
       if (state_of(word) == kReady && ticket_of(word) < oldest) { oldest = ticket_of(word); slot = i; chosen = word; }
     }
-    if (oldest == ~0ull) return kNothing;
-    if (oldest >= limit) continue;
+    if (oldest == ~0ull) return kNothing;  // Receive 1
+    if (chosen != before) {                // Receive 2: the same in two looks, one after the other
+      before = chosen;
+      continue;
+    }
     const u64 held = make_word(oldest, port.participant, kHeld);
-    if (!swap_acquire_release(word_at(port, slot), chosen, held)) continue;  // Receive 3
+    if (!swap_sequential(word_at(port, slot), chosen, held)) continue;  // Receive 3
     u64* words = reinterpret_cast<u64*>(&descriptor);
     for (u32 i = 0; i < 8; ++i) words[i] = load_relaxed(descriptor_at(port, slot) + i);  // Receive 4
     const Claim item{held, port.payload + u64{slot} * port.slot_bytes, slot};
