@@ -1,4 +1,4 @@
-// Two kernels on the device side of the mailbox: what tests/gpu runs, what CI compiles for sm_87 and sm_90, and an example.
+// Kernels that use the device side of the mailbox: what tests/gpu runs, what CI compiles for sm_87 and sm_90, and an example.
 #include "sage_edge/mailbox/device.cuh"
 
 using namespace sage_edge::mailbox::device;
@@ -71,4 +71,17 @@ extern "C" __global__ void collect(Ring ring, u64 cursor, u32 limit, u32 patienc
   }
   out[0] = got;
   out[1] = missed;
+}
+
+// to[i] = from[i] * factor: a kernel that knows nothing of ports, for tensors that the host receives and sends around it.
+extern "C" __global__ void scale(const float* from, float* to, float factor, u64 elements) {
+  for (u64 i = blockIdx.x * u64{blockDim.x} + threadIdx.x; i < elements; i += u64{gridDim.x} * blockDim.x) to[i] = from[i] * factor;
+}
+
+// Keeps the device busy for about so many of its clock cycles, then writes `value`.
+extern "C" __global__ void linger(float* to, float value, u64 elements, long long cycles) {
+  const long long began = clock64();
+  while (clock64() - began < cycles) {
+  }
+  for (u64 i = threadIdx.x; i < elements; i += blockDim.x) to[i] = value;
 }

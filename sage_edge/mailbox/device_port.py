@@ -14,6 +14,7 @@ The payload stays where it was written; the event travels as a token in the desc
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +25,7 @@ from sage_edge.mailbox.errors import StaleError
 from sage_edge.mailbox.exchange import EVENT, ask, was_closed
 from sage_edge.mailbox.ports import BroadcastPort, FocusPort
 
+HERE = Path(__file__).resolve().parent
 NO_STREAM = object()  # "no device work is under way": None means the default stream
 
 
@@ -240,6 +242,12 @@ class DevicePort:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def include_directory() -> Path:
+    """Where `#include "sage_edge/mailbox/device.cuh"` is found: `nvcc -I DIRECTORY`, or NVRTC's `-I`."""
+    installed = HERE / "include"
+    return installed if installed.is_dir() else HERE.parents[1] / "mailbox" / "include"
 
 
 def ring_view(port: BroadcastPort, ring: int, device_base: int) -> bytes:

@@ -35,8 +35,9 @@ def ports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ports]:
     monkeypatch.setenv("SAGE_EDGE_SHM", str(tmp_path / "shm"))
     mailbox = Mailbox("attend")
     with ExitStack() as stack:
-        casts = [stack.enter_context(mailbox.broadcast("salience", salience_spec())) for _ in range(2)]
-        yield Ports(*casts, *(stack.enter_context(mailbox.focus("tiles", TILES)) for _ in range(2)))
+        heard, said = (stack.enter_context(mailbox.broadcast("salience", salience_spec())) for _ in range(2))
+        sends, takes = (stack.enter_context(mailbox.focus("tiles", TILES)) for _ in range(2))
+        yield Ports(heard, said, sends, takes)
 
 
 def records(*scores: float, sensor: int = 2) -> Any:

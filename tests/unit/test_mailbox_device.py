@@ -391,9 +391,9 @@ def test_kernel_code_and_python_share_a_port_under_load(host: ctypes.CDLL) -> No
                     assert (values == values[0]).all()
                     mine.append(values[0])
                     receiving.release(claim)
-        while (result := sending.loan())[0] != DONE:
+        while (last := sending.loan())[0] != DONE:
             time.sleep(0.001)
-        sending.push(result[1], np.full(16, -1, np.float32))
+        sending.push(last[1], np.full(16, -1, np.float32))
         sender.signal()
         theirs = int(consumer.stdout.readline())
         assert consumer.wait(30) == 0

@@ -136,6 +136,21 @@ sys.stdin.readline()
         assert seen == ["mine"]
 
 
+def test_torch_takes_an_item_without_a_copy() -> None:
+    torch = pytest.importorskip("torch")
+    with opened("shm+cuda") as port:
+        with port.loan() as t:
+            t.array[:] = np.arange(1000)
+            t.send()
+        item = port.receive(0)
+        assert item is not None
+        taken = torch.from_dlpack(item)
+        assert taken.data_ptr() == item.__cuda_array_interface__["data"][0]
+        assert float(taken.sum()) == 499500
+        del taken
+        item.release()
+
+
 @pytest.mark.parametrize("memory", KINDS)
 def test_without_a_stream_receive_waits_for_the_device(
     memory: str, others: list[Other], monkeypatch: pytest.MonkeyPatch
@@ -354,9 +369,7 @@ def test_without_cuda_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         pytest.skip("this machine has a CUDA device: tests/gpu has more to say")
     monkeypatch.setattr(devices, "make_driver", cuda.CudaDriver)
     for kind in KINDS:
-        with pytest.raises(
-            MissingDependencyError, match=f"memory '{kind.replace('+', '.')}': .*(no CUDA driver|cuda.bindings)"
-        ):
+        with pytest.raises(MissingDependencyError, match="(no CUDA driver|cuda.bindings)"):
             memory_kind(kind)
 
 
