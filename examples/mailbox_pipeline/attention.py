@@ -33,7 +33,7 @@ class Frames:
 
     def add(self, item: Item) -> None:
         """Keep a frame, give the oldest back. A frame whose checksum is wrong would be a bug of the mailbox."""
-        if zlib.crc32(item.array) != item.tag:
+        if zlib.crc32(item.array.data) != item.tag:
             self.torn += 1
             print(f"frame {item.generation}: torn", file=sys.stderr, flush=True)
         self.items[item.captured_ns] = item

@@ -65,7 +65,7 @@ def main(namespace: str, folder: str, fps: str = "30") -> None:
             image = images[frame % len(images)]
             with frames.loan() as slot:
                 np.copyto(slot.array, image)  # a driver would write here by itself
-                slot.send(tag=zlib.crc32(image), captured_ns=now)
+                slot.send(tag=zlib.crc32(image.data), captured_ns=now)
             for record in salience.records(image, frame, now):
                 broadcast.send(record)
             time.sleep(max(0.0, ((frame + 1) * period - time.monotonic_ns()) / 1e9))

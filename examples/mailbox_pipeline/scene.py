@@ -34,7 +34,7 @@ def draw(frame: int) -> Image:
     rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
     row, column = position(frame)
     disc = np.clip(RADIUS + 0.5 - np.hypot(rows - row, columns - column), 0, 1)
-    return (noise + 200 * disc).astype(np.uint8)
+    return np.asarray(noise + 200 * disc, np.uint8)
 
 
 def write(folder: Path, frames: int = PERIOD) -> None:
