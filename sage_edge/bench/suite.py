@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from sage_edge import __version__
 from sage_edge.bench import peers as peer_module
 from sage_edge.bench.ceiling import gemm_ceiling
 from sage_edge.bench.cold import cold_start
+from sage_edge.bench.header import header
 from sage_edge.bench.slots import run_slots
 from sage_edge.bench.timing import Latency, interleave
 from sage_edge.bundle import BUNDLE_FILE
 from sage_edge.dataset import Dataset, load_dataset
-from sage_edge.device import machine, version
+from sage_edge.device import version
 from sage_edge.engines.build import open_engine
 from sage_edge.engines.manifest import load_manifest
 from sage_edge.engines.runner import Runner
@@ -135,13 +131,7 @@ def run_slots_case(case: Case, threads: int, halt: str, progress: Progress) -> R
 
 
 def _header(case: Case, threads: int) -> Report:
-    """What every report begins with: case, command, machine, versions."""
-    return {
-        "case": case.name, "command": "sage-edge " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": _commit(),
-        "machine": asdict(machine()), "threads": threads, "python": platform.python_version(),
-        "versions": {"sage-edge": __version__, "onnxruntime": version("onnxruntime"), **peer_module.available()},
-    }  # fmt: skip
+    return header(case.name, threads, {"onnxruntime": version("onnxruntime"), **peer_module.available()})
 
 
 def _target(case: Case, temporary: Path) -> tuple[str, Path]:
@@ -295,20 +285,3 @@ def _accuracy(session: Session, data: Dataset, progress: Progress) -> tuple[Repo
         rows.append({**asdict(item), "points_lost": lost, "steps_saved": 1 - item.mean_steps / full.mean_steps})
     settled = acceptance_score(traces, own) if own else None
     return {"data": str(data.path), "examples": len(data), "policies": rows, "settled": settled}, traces
-
-
-def _commit() -> str | None:
-    """Commit of the sage-edge source tree this runs from, with `+` when it has changes; None outside of one."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        # An installation inside somebody else's repository must not report that repository's commit.
-        if not (Path(git("rev-parse", "--show-toplevel")) / "sage_edge" / "bench" / Path(__file__).name).is_file():
-            return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

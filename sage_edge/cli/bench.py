@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sage_edge.cli.bench_mailbox import show_mailbox
 from sage_edge.cli.evaluate import settled_line
-from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table
+from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table, seconds
 from sage_edge.config import load_yaml
 from sage_edge.device import usable_cores
 from sage_edge.errors import InputError
@@ -29,13 +30,16 @@ def add(subparsers: Subparsers) -> None:
         "  sage-edge bench --peers                                     beside PyTorch and OpenVINO (sage-edge[peers])\n"
         "  sage-edge bench --suite slots                               slot refill against static batches, and latency\n"
         "                                                              under random arrivals (Poisson, open loop)\n"
+        "  sage-edge bench --suite mailbox                             the mailbox beside iceoryx2, pyzmq, shared memory with\n"
+        "                                                              a queue, and Unix sockets (sage-edge[mailbox-peers])\n"
         "  sage-edge bench --case benchmarks/cases/hrm-27m.yaml --peers  the paper's size, random weights\n\n"
         "The shipped model's engine is calibrated first if it has no certificate yet (see `sage-edge calibrate`).\n"
         "The report is written to benchmarks/results/ below the current folder, or to --output.",
     )  # fmt: skip
     parser.add_argument("engine", metavar="ENGINE", nargs="?", help=f"default: {REFERENCE_MODEL}")
     parser.add_argument("--case", metavar="YAML", type=Path, help="a case file (see benchmarks/cases)")
-    parser.add_argument("--suite", choices=("model", "slots"), default="model", help="what to measure (default: model)")
+    parser.add_argument("--suite", choices=("model", "slots", "mailbox"), default="model",
+                        help="what to measure (default: model)")  # fmt: skip
     parser.add_argument("--halt", metavar="POLICY", default="learned", help="for --suite slots (default: learned)")
     parser.add_argument("--peers", action="store_true", help="time the installed peers in the same run")
     parser.add_argument("--data", metavar="DIR", help="dataset for the accuracy (default: the model's own test split)")
@@ -43,10 +47,43 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all usable cores)")
     parser.add_argument("--plots", metavar="DIR", type=Path, help="write threshold.png, energy.png and steps.png there")
     parser.add_argument("--no-calibrate", action="store_true", help="do not calibrate an engine without a certificate")
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        default=0.5,
+        help="for --suite mailbox: time for each transport in each row (default 0.5; about 2 minutes in all)",
+    )
     parser.add_argument("--output", metavar="JSON", type=Path, help="where to write the report")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    report = _mailbox(arguments) if arguments.suite == "mailbox" else _model(arguments)
+    architecture = report["machine"]["architecture"]
+    commit = (report["commit"] or "release")[:10]
+    suffix = "-slots" if arguments.suite == "slots" else ""
+    path = arguments.output or Path("benchmarks/results") / f"{report['case']}{suffix}-{architecture}-{commit}.json"
+    write_atomic(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    if arguments.json:
+        print_json(report)
+    else:
+        {"slots": show_slots, "mailbox": show_mailbox, "model": show}[arguments.suite](report)
+        for plot in report.get("plots", []):
+            print(f"plot: {plot}")
+        print(f"report: {path}")
+    return 0
+
+
+def _mailbox(arguments: argparse.Namespace) -> dict[str, Any]:
+    from sage_edge.bench.mailbox import run_mailbox
+
+    for name in ("engine", "case", "data", "examples", "threads", "plots", "peers"):
+        if getattr(arguments, name):
+            raise InputError(f"--suite mailbox measures no model; leave {name} out (its peers run whenever installed)")
+    with _progress() as progress:
+        return run_mailbox(arguments.seconds, progress)
+
+
+def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     # Imported here: building parsers for other commands must not wait for onnx.
     from sage_edge.bench.suite import Case, run_case, run_slots_case
 
@@ -62,22 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
     threads = arguments.threads or usable_cores()
     with _progress() as progress:
         if arguments.suite == "slots":
-            report = run_slots_case(case, threads, arguments.halt, progress)
-        else:
-            report = run_case(case, threads, arguments.peers, progress, arguments.plots, not arguments.no_calibrate)
-    architecture = report["machine"]["architecture"]
-    commit = (report["commit"] or "release")[:10]
-    suffix = "" if arguments.suite == "model" else f"-{arguments.suite}"
-    path = arguments.output or Path("benchmarks/results") / f"{case.name}{suffix}-{architecture}-{commit}.json"
-    write_atomic(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
-    if arguments.json:
-        print_json(report)
-    else:
-        (show_slots if arguments.suite == "slots" else show)(report)
-        for plot in report.get("plots", []):
-            print(f"plot: {plot}")
-        print(f"report: {path}")
-    return 0
+            return run_slots_case(case, threads, arguments.halt, progress)
+        return run_case(case, threads, arguments.peers, progress, arguments.plots, not arguments.no_calibrate)
 
 
 def _case(arguments: argparse.Namespace) -> Any:
