@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from sage_edge import check as gate
-from sage_edge.bundle import BUNDLE_FILE, GRAPH_NAMES, REFERENCE_FILE, Bundle, load_bundle
+from sage_edge.bundle import BUNDLE_FILE, GRAPH_NAMES, REFERENCE_FILE, Bundle, GateResult, load_bundle
 from sage_edge.config import dump_yaml
 from sage_edge.device import machine, usable_cores, version
-from sage_edge.engines.manifest import FORMAT, MANIFEST_FILE, GateResult, Manifest, load_manifest
+from sage_edge.engines.manifest import FORMAT, MANIFEST_FILE, Manifest, load_manifest
 from sage_edge.engines.ort import OrtRunner
 from sage_edge.errors import GateError, InputError
 from sage_edge.files import replacing_directory, sha256

@@ -12,21 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sage_edge.bundle import BUNDLE_FILE, Bundle, verify_files
+from sage_edge.bundle import BUNDLE_FILE, Bundle, GateResult, verify_files
 from sage_edge.config import load_yaml
 from sage_edge.errors import InputError
 
 FORMAT = "sage-edge-engine/1"
 MANIFEST_FILE = "manifest.yaml"
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """One finding of the gate as it was when the engine was built."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 @dataclass(frozen=True)
