@@ -97,9 +97,9 @@ class LayerPrecision:
 class Lowering:
     """How a lowered bundle came about, from which fp32 bundle, calibrated and judged on which data.
 
-    fp32_sha256: of the fp32 bundle's bundle.yaml. data_sha256: of the dataset (`Dataset.sha256`), empty for drawn
-    observations; range_items: observations whose activations set the ranges, over all steps. equalised: pairs of layers
-    whose channels were balanced. cost: beside fp32 = 1 (`precision.formats.COST`).
+    fp32_sha256: of the fp32 bundle's bundle.yaml. data_sha256: of the data (`precision.workbench.data_digest`); range_items:
+    observations whose activations set the ranges, over all steps. equalised: pairs of layers whose channels were balanced.
+    cost: beside fp32 = 1 (`precision.formats.COST`).
     """
 
     asked: str

@@ -27,7 +27,7 @@ class Manifest:
     format: Literal["sage-edge-engine/1"]
     name: str
     target: Literal["cpu"]
-    precision: Literal["fp32"]
+    precision: Literal["fp32", "int8"]
     slots: int
     threads: int
     bundle_sha256: str
@@ -36,6 +36,7 @@ class Manifest:
     files: dict[str, str]
     fused: dict[str, int]
     gate: tuple[GateResult, ...]
+    spin: bool = True
 
 
 def load_manifest(folder: Path) -> tuple[Manifest, Bundle]:

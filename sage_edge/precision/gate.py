@@ -8,20 +8,24 @@ items, shown by the upper end of a confidence interval for paired proportions (s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from sage_edge import check
-from sage_edge.bundle import StepError
+from sage_edge.bundle import Lowering, StepError
 from sage_edge.check import Finding, Reference
+from sage_edge.dataset import Dataset
 from sage_edge.engines.runner import Runner
+from sage_edge.evaluate import collect
 from sage_edge.irp.paired import Paired
 from sage_edge.irp.traces import Traces, steps_taken
 from sage_edge.precision.formats import FP16_MAX
 from sage_edge.precision.ranges import Ranges
+from sage_edge.runtime import Session
 from sage_edge.specs import Array
 
 
@@ -143,6 +147,31 @@ def step_findings(steps: tuple[StepError, ...], limits: Limits) -> list[Finding]
         Finding("finite", finite, "no NaN or Inf" if finite else "NaN or Inf came out"),
         Finding("step_error", worst.error <= limits.step_error, detail),
     ]
+
+
+def check_lowered(
+    runner: Runner, reference: Reference, lowering: Lowering, fp32: Runner | None = None, data: Dataset | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> PrecisionReport:  # fmt: skip
+    """The gate again, for an active runner of a lowered bundle or of an engine made from it.
+
+    fp32: an active runner of the fp32 model, for the amplification and, with `data`, for accuracy and halting; without
+    them, only steps and signs of life are judged.
+    """
+    limits = Limits(**lowering.limits)
+    steps = step_errors(runner, reference, fp32)
+    findings = [*step_findings(steps, limits), *life_findings(runner, reference, limits)]
+    if fp32 is not None and data is not None:
+        traces = []
+        for name, each in (("fp32", fp32), ("lowered", runner)):
+            done = partial(_counted, progress, name, len(data))
+            traces.append(collect(Session(each), data, runner.model.max_steps, done))
+        findings += task_findings(traces[0], traces[1], limits)
+    return PrecisionReport(tuple(findings), steps, limits)
+
+
+def _counted(progress: Callable[[str], None], name: str, total: int, done: int) -> None:
+    progress(f"{name}: {done} of {total} examples")
 
 
 def life_findings(low: Runner, reference: Reference, limits: Limits) -> list[Finding]:

@@ -39,6 +39,14 @@ HIGHER: dict[Precision, Precision] = {"fp32": "fp32", "fp16": "fp32", "int8": "f
 ATTEMPTS = 3
 
 
+class LoweringError(GateError):
+    """Nothing that was asked for passes the gate. `lowering` says what was tried last and which findings failed."""
+
+    def __init__(self, message: str, lowering: Lowering) -> None:
+        super().__init__(message)
+        self.lowering = lowering
+
+
 @dataclass(frozen=True)
 class LoweredBundle:
     """What `lower_bundle` made."""
@@ -75,34 +83,43 @@ def lower_bundle(
         )
     with Workbench(source, bundle, data, request.plan.limits, threads, progress) as bench:
         asked = _asked(request, bench.layers)
-        found, report = _settle(bench, asked, strict, request)
-        plan = found.plan
-        graph = bench.lowered(plan)
+        found, report = _settle(bench, asked, strict)
+        lowering = _describe(bench, found, report, request)
+        if not report.passed:
+            raise LoweringError(f"{bundle.name}: the gate refused {request.text}: {_reasons(report)}", lowering)
+        if not request.plan.auto and not set(found.plan.values()) & (set(found.asked.values()) - {"fp32"}):
+            raise LoweringError(
+                f"{bundle.name}: {request.text} fails the gate in every layer; what passes is {_summary(found.plan)}",
+                lowering,
+            )
         with replacing_directory(output, BUNDLE_FILE) as folder:
             for name in ("encode.onnx", "decode.onnx", REFERENCE_FILE):
                 shutil.copyfile(source / name, folder / name)
-            onnx.save(graph.model, str(folder / "refine.onnx"))
-            lowering = Lowering(
-                asked=request.text,
-                fp32_sha256=sha256(source / BUNDLE_FILE),
-                data_sha256=data.sha256 if isinstance(data, Dataset) else "",
-                data_items=bench.items,
-                range_items=bench.ranges.items,
-                equalised=len(bench.pairs),
-                cost=round(cost(plan, bench.layers), 4),
-                layers=_table(bench.layers, found),
-                limits=asdict(request.plan.limits),
-                gate=tuple(GateResult(**asdict(finding)) for finding in report.findings),
-                steps=report.steps,
-            )
+            onnx.save(bench.lowered(found.plan).model, str(folder / "refine.onnx"))
             lowered = replace(
                 bundle,
-                precision=_summary(plan),
+                precision=_summary(found.plan),
                 files={file.name: sha256(file) for file in sorted(folder.iterdir())},
                 lowering=lowering,
             )
             save_bundle(folder, lowered)
     return LoweredBundle(output, lowered, report)
+
+
+def _describe(bench: Workbench, found: _Found, report: PrecisionReport, request: Request) -> Lowering:
+    return Lowering(
+        asked=request.text,
+        fp32_sha256=sha256(bench.source / BUNDLE_FILE),
+        data_sha256=bench.digest,
+        data_items=bench.items,
+        range_items=bench.ranges.items,
+        equalised=len(bench.pairs),
+        cost=round(cost(found.plan, bench.layers), 4),
+        layers=_table(bench.layers, found),
+        limits=asdict(request.plan.limits),
+        gate=tuple(GateResult(**asdict(finding)) for finding in report.findings),
+        steps=report.steps,
+    )
 
 
 def cost(plan: Plan, layers: tuple[Layer, ...]) -> float:
@@ -131,26 +148,19 @@ def _asked(request: Request, layers: tuple[Layer, ...]) -> list[Plan]:
     return [plan]
 
 
-def _settle(bench: Workbench, asked: list[Plan], strict: bool, request: Request) -> tuple[_Found, PrecisionReport]:
-    """The plan that passes the final gate."""
+def _settle(bench: Workbench, asked: list[Plan], strict: bool) -> tuple[_Found, PrecisionReport]:
+    """The plan to write with its final report; the last one that was tried, with its failures, when none passes."""
     if strict:
-        report = bench.judge(asked[0], attempts=1)
-        if not report.passed:
-            raise GateError(f"{bench.bundle.name}: the gate refused {request.text}: {_reasons(report)}")
-        return _Found(asked[0], asked[0], {}, {}), report
+        return _Found(asked[0], asked[0], {}, {}), bench.judge(asked[0], attempts=1)
     candidates = [replace(_search(bench, plan), asked=plan) for plan in asked]
     best = min(candidates, key=lambda f: (cost(f.plan, bench.layers), bench.screen(f.plan).error))
     for attempt in range(ATTEMPTS):
-        if all(precision == "fp32" for precision in best.plan.values()):
-            break
         report = bench.judge(best.plan, ATTEMPTS)
-        if report.passed:
-            if not request.plan.auto and not set(best.plan.values()) & (set(asked[0].values()) - {"fp32"}):
-                break  # nothing is left of what was asked for
-            return best, report
-        best = _retreat(bench, best, report, whole=attempt > 0)
-    lost = "; ".join(f"{name}: {why}" for name, why in list(best.reasons.items())[:4])
-    raise GateError(f"{bench.bundle.name}: {request.text} fails the gate, and no layer of it can be lowered; {lost}")
+        higher = _retreat(bench, best, report, whole=attempt > 0)
+        if report.passed or attempt == ATTEMPTS - 1 or set(higher.plan.values()) == {"fp32"}:
+            break
+        best = higher
+    return best, report
 
 
 def _search(bench: Workbench, plan: Plan) -> _Found:
@@ -179,7 +189,9 @@ def _search(bench: Workbench, plan: Plan) -> _Found:
 
 
 def _retreat(bench: Workbench, found: _Found, report: PrecisionReport, whole: bool) -> _Found:
-    """One level higher: the more sensitive half of the lowest layers, or all of them."""
+    """One level higher: the more sensitive half of the lowest layers, or all of them. The plan itself when it passed."""
+    if report.passed:
+        return found
     floor = min(COST[precision] for precision in found.plan.values())
     low = [name for name, precision in found.plan.items() if COST[precision] == floor]
     errors = {**found.errors}

@@ -9,6 +9,7 @@ The nodes around INT8 and FP8 products work in float16; their two attention prod
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -212,6 +213,11 @@ class _Rewriter:
         del graph.node[:], graph.initializer[:], graph.value_info[:]
         graph.node.extend(self.nodes)
         graph.initializer.extend([*kept, *(tensor for name, tensor in self.constants.items() if name in read)])
+
+
+def is_int8_weight(name: str) -> bool:
+    """Whether a constant is, or is a part of, what the codes of an INT8 layer stand for (see `_Rewriter._weight`)."""
+    return re.search(r"/int8(\.\d+)?$", name) is not None
 
 
 def quantise_weight(weight: Array, precision: Quantised) -> tuple[Array, Array]:

@@ -6,6 +6,7 @@ any choice, decides.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -64,6 +65,16 @@ class Screened:
     error: float
 
 
+def data_digest(data: Dataset | dict[str, Array]) -> str:
+    """Hex SHA-256 of what a lowering depends on: a dataset, or observations alone."""
+    if isinstance(data, Dataset):
+        return data.sha256
+    digest = hashlib.sha256()
+    for name, array in sorted(data.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
 class Workbench:
     """One fp32 model and its data; a context manager. `layers`, `pairs`, `ranges`, `items` are facts about them.
 
@@ -76,6 +87,7 @@ class Workbench:
     ) -> None:  # fmt: skip
         self.source, self.bundle, self.limits, self.threads, self.progress = source, bundle, limits, threads, progress
         self.data = data if isinstance(data, Dataset) else None
+        self.digest = data_digest(data)
         whole = data.observation if isinstance(data, Dataset) else data
         self.observation = bundle.model.validate_observation(whole, "calibration data")
         self.items = len(next(iter(self.observation.values())))
