@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def add(subparsers: Subparsers) -> None:
                         help="what to measure (default: model)")  # fmt: skip
     parser.add_argument("--halt", metavar="POLICY", default="learned", help="for --suite slots (default: learned)")
     parser.add_argument("--peers", action="store_true", help="time the installed peers in the same run")
+    parser.add_argument("--int8", action="store_true",
+                        help="the int8 engine beside the fp32 one (made first where it is missing: minutes, once)")  # fmt: skip
     parser.add_argument("--data", metavar="DIR", help="dataset for the accuracy (default: the model's own test split)")
     parser.add_argument("--examples", metavar="N", type=positive, help="how many of it (default 512)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all usable cores)")
@@ -93,9 +96,13 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--case names its own engine and data; give either a case or ENGINE and --data")
     case = load_yaml(arguments.case, Case) if arguments.case else _case(arguments)
     if arguments.examples:
-        from dataclasses import replace
-
         case = replace(case, examples=arguments.examples)
+    if arguments.int8:
+        if arguments.suite == "slots":
+            raise InputError(
+                "--int8: the suite `slots` compares ways to use one engine; give it the int8 engine itself"
+            )
+        case = replace(case, precisions=("fp32", "int8"))
     threads = arguments.threads or usable_cores()
     with _progress() as progress:
         if arguments.suite == "slots":
@@ -146,10 +153,10 @@ def show(report: dict[str, Any]) -> None:
             fraction = entry["fraction_of_ceiling"] if name == "sage-edge" else None
             rows.append((entry["batch"], name, f"{latency['p50_ms']:.2f}", f"{latency['p95_ms']:.2f}",
                          f"{latency['p99_ms']:.2f}", f"{entry['times_ours'][name]:.2f}×",
+                         f"{entry['times_eager'][name]:.3f}×" if entry["times_eager"] else None,
                          f"{fraction:.0%}" if fraction else None))  # fmt: skip
-    print_table(
-        "one refinement step, ms", ("batch", "engine", "p50", "p95", "p99", "time / ours", "of GEMM ceiling"), rows
-    )
+    columns = ("batch", "engine", "p50", "p95", "p99", "time / ours", "time / eager", "of GEMM ceiling")
+    print_table("one refinement step, ms", columns, rows)
     rows = [(a["batch"], a["engine"], a["policy"], f"{a['mean_steps']:.2f}", f"{a['latency']['p50_ms']:.1f}",
              f"{a['latency']['p95_ms']:.1f}", f"{a['latency']['p99_ms']:.1f}", f"{a['answers_per_s']:.1f}")
             for a in report["answers"]]  # fmt: skip
@@ -159,20 +166,22 @@ def show(report: dict[str, Any]) -> None:
     print(
         f"fresh process: first answer after {cold['first_answer_s']:.2f} s (median of {cold['runs']}), peak RSS {memory}\n"
     )
-    if "accuracy" in report:
-        accuracy = report["accuracy"]
+    for title, part in (("", report), ("int8: ", report.get("int8", {}))):
+        if "accuracy" not in part:
+            continue
+        accuracy = part["accuracy"]
         rows = [(p["policy"], f"{p['exact_accuracy']:.4f}", f"{p['standard_error']:.4f}", f"{p['points_lost']:+.2f}",
                  f"{p['mean_steps']:.2f}", f"{p['steps_saved']:.0%}") for p in accuracy["policies"]]  # fmt: skip
-        print_table(f"what halting early saved and cost, {accuracy['examples']} held-out examples",
+        print_table(f"{title}what halting early saved and cost, {accuracy['examples']} held-out examples",
                     ("halting", "exact", "± s.e.", "points lost", "mean steps", "steps saved"), rows)  # fmt: skip
         if accuracy["settled"]:
             print(settled_line(accuracy["settled"]))
-        if certificate := report["certificate"]:
+        if certificate := part["certificate"]:
             print(f"certified: mean {certificate['loss']} at most {certificate['max_loss']:g} with confidence "
                   f"{certificate['confidence']:g}, from {certificate['items_total']} calibration items; each family's promise "
                   "is for itself")  # fmt: skip
-        elif report.get("not_calibrated"):
-            print(f"no certified policy: {report['not_calibrated']}")
+        elif part.get("not_calibrated"):
+            print(f"no certified policy: {part['not_calibrated']}")
 
 
 def show_slots(report: dict[str, Any]) -> None:
