@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -90,10 +91,18 @@ class TensorSpec:
                 f"shape of {self.name!r}: expected [{SLOTS}, n, ...] with n >= 1, found {list(self.shape)}"
             )
 
-    @property
+    @cached_property
     def item_shape(self) -> tuple[int, ...]:
         """The shape of one slot."""
         return tuple(int(n) for n in self.shape[1:])
+
+    @cached_property
+    def bounds(self) -> tuple[int | None, int | None]:
+        """Least and greatest integer allowed: the spec's own, else the dtype's; None where a float has none."""
+        dtype = np.iinfo(self.dtype) if self.dtype.startswith(("int", "uint")) else None
+        low = self.minimum if self.minimum is not None else (dtype.min if dtype else None)
+        high = self.maximum if self.maximum is not None else (dtype.max if dtype else None)
+        return low, high
 
     def describe(self) -> str:
         text = f"{self.dtype} [{', '.join(map(str, self.shape))}]"
@@ -119,15 +128,13 @@ class TensorSpec:
         if len(array) == 0:
             raise InputError(f"{where}: holds no request (first axis is 0)")
         if array.dtype.kind in "iu":
-            bounds = np.iinfo(self.dtype) if self.dtype.startswith(("int", "uint")) else None
-            low = self.minimum if self.minimum is not None else (bounds.min if bounds else None)
-            high = self.maximum if self.maximum is not None else (bounds.max if bounds else None)
-            wrong = np.zeros(array.shape, bool)
-            if low is not None and int(array.min()) < low:
-                wrong |= array < low
-            if high is not None and int(array.max()) > high:
-                wrong |= array > high
-            if wrong.any():
+            low, high = self.bounds
+            if (low is not None and int(array.min()) < low) or (high is not None and int(array.max()) > high):
+                wrong = np.zeros(array.shape, bool)
+                if low is not None:
+                    wrong |= array < low
+                if high is not None:
+                    wrong |= array > high
                 at = tuple(int(i) for i in np.argwhere(wrong)[0])
                 raise InputError(f"{where}: value {array[at]} at {list(at)} is outside {low}..{high}")
         with np.errstate(over="ignore"):
