@@ -29,7 +29,8 @@ class Reason(EnginePlugin):
         if "puzzle" in observation:
             return {"inputs": tokens(observation["puzzle"])[None]}, None
         if "inputs" not in observation:
-            raise InputError(f"reason: expected `puzzle` (81 characters) or `inputs`, found {', '.join(observation) or 'nothing'}")
+            found = ", ".join(observation) or "nothing"
+            raise InputError(f"reason: expected `puzzle` (81 characters) or `inputs`, found {found}")
         return super().prepare(observation)
 
     def finish(self, outputs: dict[str, Array], note: Any) -> Result:
@@ -54,5 +55,7 @@ def tokens(puzzle: object) -> Array:
     """int32 [81] of the model's tokens. Raises InputError for what is no puzzle."""
     text = "".join(puzzle.split()) if isinstance(puzzle, str) else ""
     if len(text) != CELLS or not set(text) <= set("0123456789."):
-        raise InputError(f"puzzle: expected {CELLS} characters of 1-9 and . or 0 for blanks, found {str(puzzle)[:100]!r}")
+        raise InputError(
+            f"puzzle: expected {CELLS} characters of 1-9 and . or 0 for blanks, found {str(puzzle)[:100]!r}"
+        )
     return np.array([BLANK if c in ".0" else int(c) + BLANK for c in text], np.int32)

@@ -247,9 +247,7 @@ class Plugin(ABC, Generic[S]):
 
 
 def _to_array(value: Any) -> Array:
-    if isinstance(value, str):
-        return np.frombuffer(value.encode(), np.uint8).copy()
-    array: Array = np.array(value)
+    array: Array = np.array(list(value.encode()), np.uint8) if isinstance(value, str) else np.array(value)
     if array.dtype.kind not in "biuf":
         raise NotImplementedError(f"a {type(value).__name__} in a state cannot be packed; write pack and unpack")
     return array

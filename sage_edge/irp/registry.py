@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from sage_edge.irp.spec import PLUGIN_FILE, PluginSpec, load_spec
 GROUP = "sage_edge.plugins"
 VARIABLE = "SAGE_EDGE_PLUGINS"
 PACKAGE = Path(__file__).resolve().parents[1]
-IGNORED = ("__pycache__", "tests", ".pytest_cache")  # parts of a plugin's folder that do not change what it does
+# Parts of a plugin's folder that do not change what it does.
+IGNORED = re.compile(r"(__pycache__|tests|\..*|test_.*\.py|.*\.md)")
 Origin = Literal["given", "here", "project", "entry point"]
 
 
@@ -202,6 +204,6 @@ def _digest(found: Found, spec: PluginSpec, plugin: Plugin[Any], options: Mappin
         return digest.hexdigest()
     for path in sorted(found.folder.rglob("*")):
         inside = path.relative_to(found.folder)
-        if path.is_file() and not any(part in IGNORED or part.startswith(".") for part in inside.parts):
+        if path.is_file() and not any(map(IGNORED.fullmatch, inside.parts)):
             digest.update(f"\n{inside.as_posix()} {sha256(path)}\n".encode())
     return digest.hexdigest()

@@ -1,28 +1,31 @@
 """What the next steps of a request are worth: expected fall of its loss, learned from traces. Pure.
 
 A table with a cell for each stage (steps taken) and band (its energy now). A cell holds, for every later stage, the mean
-fall of the loss over the requests seen there, with count and variance. From these follow the *rates* of a cell: the slopes
-of the least concave majorant of the mean falls, never below zero. Pooling to a majorant makes the estimates monotone, as
-isotonic regression does, and it looks ahead: a step that brings nothing by itself but opens the way for the next two is worth
-a third of what the three bring together.
+fall of the loss over the requests seen there, with count and variance. From these follow what its next steps are worth: the
+slopes of the least concave majorant of the mean falls, never below zero. Pooling to a majorant makes the estimates
+monotone, as isotonic regression does, and it looks ahead: a step that brings nothing by itself but opens the way for the
+next two is worth a third of what the three bring together.
 
 The loss is the normalised energy (EnergyRange.normalise), 1 before the first step; or, from traces that know the right
 answers, any loss in the same unit. Then energy is only what tells the cells apart, and the table does not learn on.
 
-Uncertainty: a rate is raised by `exploration` standard errors of its cell. A cell that nothing is known of falls by half
+Uncertainty: a worth is raised by `exploration` standard errors of its cell. A cell that nothing is known of falls by half
 with every step and is as uncertain as that is large, so that a new plugin is tried.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
-STAGES, BANDS = 32, 8
+STAGES, BANDS = 16, 8
+Cell = tuple[int, int]
+Pieces = tuple[tuple[float, int], ...]
+NEGLIGIBLE = 1e-6  # a step that is expected to lower the loss by less than this is worth nothing
 PRIOR_WEIGHT = 1.0  # as much as one request
 MEMORY = 30.0  # requests that a cell remembers, divided by the rate of adaptation
 
@@ -30,7 +33,9 @@ MEMORY = 30.0  # requests that a cell remembers, divided by the rate of adaptati
 @dataclass(frozen=True, eq=False)
 class WorthTable:
     """stride: steps a stage. edges float [stages + 1, bands - 1]: energies between the bands, rising. counts, sums, squares
-    float [stages, bands, stages + 1]: over requests in the cell, of the fall of the loss from there to each later stage."""
+    float [stages, bands, stages + 1]: over requests in the cell, of the fall of the loss from there to each later stage.
+    priced: what follows from them, worked out when it is asked for the first time; see `_price`.
+    """
 
     max_steps: int
     stride: int
@@ -38,24 +43,21 @@ class WorthTable:
     counts: Floats
     sums: Floats
     squares: Floats
-    rates: Floats  # [stages, bands, stages]: worth of each of the next stages, a step; see `rates`
-    errors: Floats  # [stages, bands]: standard error of the first of them
     learns: bool = True
+    priced: dict[Cell, tuple[Pieces, float]] = field(default_factory=dict, repr=False)
 
     @property
     def stages(self) -> int:
         return len(self.counts)
 
-    def cell(self, steps: int, energy: float) -> tuple[int, int]:
-        """Stage and band of a request."""
+    def ahead(self, steps: int, energy: float, exploration: float) -> Pieces:
+        """The next steps of a request that took `steps` steps and stands at `energy` (normalised)."""
         stage = min(steps // self.stride, self.stages - 1)
-        return stage, int(np.searchsorted(self.edges[stage], energy)) if stage else 0
-
-    def ahead(self, steps: int, energy: float, exploration: float) -> Floats:
-        """Worth of each of the next stages, a step, falling; float [stages left]."""
-        stage, band = self.cell(steps, energy)
-        rates = self.rates[stage, band, : self.stages - stage]
-        return np.asarray(rates + exploration * self.errors[stage, band] * (rates > 0), np.float64)
+        cell = stage, int(np.searchsorted(self.edges[stage], energy)) if stage else 0
+        if cell not in self.priced:
+            self.priced[cell] = _price(self, *cell)
+        pieces, error = self.priced[cell]
+        return tuple((worth + exploration * error, count) for worth, count in pieces)
 
 
 def blank(max_steps: int) -> WorthTable:
@@ -63,7 +65,7 @@ def blank(max_steps: int) -> WorthTable:
     stride = -(-max_steps // STAGES)
     stages = -(-max_steps // stride)
     edges = np.tile(10.0 ** np.linspace(-4, -0.5, BANDS - 1), (stages + 1, 1))
-    return _priced(_empty(max_steps, stride, edges, learns=True))
+    return _empty(max_steps, stride, edges, learns=True)
 
 
 def fitted(energies: Floats, losses: Floats | None = None) -> WorthTable:
@@ -81,7 +83,7 @@ def fitted(energies: Floats, losses: Floats | None = None) -> WorthTable:
     table = _empty(max_steps, stride, edges, learns=losses is None)
     for row in range(count):
         _add(table, known[row], target[row], stages)
-    return _priced(table)
+    return table
 
 
 def learned(table: WorthTable, energies: Sequence[float], finished: bool, adaptation: float) -> WorthTable:
@@ -97,18 +99,18 @@ def learned(table: WorthTable, energies: Sequence[float], finished: bool, adapta
     if finished:
         path = np.concatenate((path, np.full(max(0, table.stages * table.stride + 1 - len(path)), path[-1])))
     known = _staged(path[None], table.stages if finished else taken, table.stride)[0]
-    fresh = replace(table, counts=table.counts.copy(), sums=table.sums.copy(), squares=table.squares.copy())
+    copies = {name: getattr(table, name).copy() for name in ("counts", "sums", "squares")}
+    fresh = replace(table, **copies, priced=dict(table.priced))
     limit = MEMORY / max(adaptation, 1e-3)
-    visited = _add(fresh, known, known, len(known) - 1, limit)
-    return _priced(fresh, visited)
+    for cell in _add(fresh, known, known, len(known) - 1, limit):
+        fresh.priced.pop(cell, None)
+    return fresh
 
 
 def _empty(max_steps: int, stride: int, edges: Floats, learns: bool) -> WorthTable:
     stages = len(edges) - 1
     shape = (stages, edges.shape[1] + 1, stages + 1)
-    counts, sums, squares = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    rates, errors = np.zeros((*shape[:2], stages)), np.zeros(shape[:2])
-    return WorthTable(max_steps, stride, edges, counts, sums, squares, rates, errors, learns)
+    return WorthTable(max_steps, stride, edges, np.zeros(shape), np.zeros(shape), np.zeros(shape), learns)
 
 
 def _staged(paths: Floats, stages: int, stride: int) -> Floats:
@@ -117,7 +119,7 @@ def _staged(paths: Floats, stages: int, stride: int) -> Floats:
     return paths[:, at]
 
 
-def _add(table: WorthTable, known: Floats, target: Floats, stages: int, limit: float = np.inf) -> list[tuple[int, int]]:
+def _add(table: WorthTable, known: Floats, target: Floats, stages: int, limit: float = np.inf) -> list[Cell]:
     """Count one request in every cell that it passed through; changes the arrays of `table`."""
     cells = []
     for stage in range(min(stages, table.stages)):
@@ -132,22 +134,19 @@ def _add(table: WorthTable, known: Floats, target: Floats, stages: int, limit: f
     return cells
 
 
-def _priced(table: WorthTable, cells: list[tuple[int, int]] | None = None) -> WorthTable:
-    """The table with the rates of the given cells (default: all) computed anew."""
-    rates, errors = table.rates.copy(), table.errors.copy()
-    for stage, band in cells if cells is not None else np.ndindex(errors.shape):
-        left = table.stages - stage
-        level = _middle(table, stage, band)
-        fall = level * (1 - 0.5 ** (np.arange(1, left + 1) * table.stride))  # the prior's: half with every step
-        counts = table.counts[stage, band, stage + 1 :]
-        sums = table.sums[stage, band, stage + 1 :] + PRIOR_WEIGHT * fall
-        squares = table.squares[stage, band, stage + 1 :] + PRIOR_WEIGHT * (fall**2 + fall**2)
-        means = sums / (counts + PRIOR_WEIGHT)
-        spread = np.sqrt(np.maximum(squares / (counts + PRIOR_WEIGHT) - means**2, 0.0) / (counts + PRIOR_WEIGHT))
-        slopes, first = _majorant(means)
-        rates[stage, band, :left] = slopes / table.stride
-        errors[stage, band] = spread[first] / ((first + 1) * table.stride)
-    return replace(table, rates=rates, errors=errors)
+def _price(table: WorthTable, stage: int, band: int) -> tuple[Pieces, float]:
+    """Of one cell: the next steps, as (worth of a step, how many steps), falling; the standard error of the first worth."""
+    left = table.stages - stage
+    level = _middle(table, stage, band)
+    fall = level * (1 - 0.5 ** (np.arange(1, left + 1) * table.stride))  # the prior's: half with every step
+    counts = table.counts[stage, band, stage + 1 :] + PRIOR_WEIGHT
+    means = (table.sums[stage, band, stage + 1 :] + PRIOR_WEIGHT * fall) / counts
+    squares = (table.squares[stage, band, stage + 1 :] + PRIOR_WEIGHT * (fall**2 + fall**2)) / counts
+    slopes = _majorant(means)
+    first = slopes[0][1] if slopes else 1
+    error = float(np.sqrt(max(squares[first - 1] - means[first - 1] ** 2, 0.0) / counts[first - 1]))
+    pieces = tuple((slope / table.stride, count * table.stride) for slope, count in slopes)
+    return pieces, error / (first * table.stride)
 
 
 def _middle(table: WorthTable, stage: int, band: int) -> float:
@@ -160,20 +159,24 @@ def _middle(table: WorthTable, stage: int, band: int) -> float:
     return float(min(1.0, (low + max(low, high)) / 2))
 
 
-def _majorant(means: Floats) -> tuple[Floats, int]:
-    """Slopes of the least concave majorant of 0, means[0], means[1], ..., cut at zero; and where its first piece ends."""
+def _majorant(means: Floats) -> list[tuple[float, int]]:
+    """Pieces (slope, length) of the least concave majorant of 0, means[0], means[1], ..., down to NEGLIGIBLE slopes; what
+    comes after the first two pieces is one, with their mean slope."""
     points = np.concatenate(([0.0], means))
-    slopes = np.zeros(len(means))
-    at, end = 0, 0
+    pieces: list[tuple[float, int]] = []
+    at = 0
     while at < len(means):
         ahead = (points[at + 1 :] - points[at]) / np.arange(1, len(points) - at)
         best = int(ahead.argmax())
-        if ahead[best] <= 0:
+        if ahead[best] <= NEGLIGIBLE:
             break
-        slopes[at : at + best + 1] = ahead[best]
-        end = end if at else best
+        pieces.append((float(ahead[best]), best + 1))
         at += best + 1
-    return slopes, end
+    tail = pieces[2:]
+    if len(tail) > 1:
+        length = sum(count for _, count in tail)
+        pieces[2:] = [(sum(slope * count for slope, count in tail) / length, length)]
+    return pieces
 
 
 def to_arrays(table: WorthTable) -> dict[str, npt.NDArray[np.float64]]:
@@ -194,4 +197,4 @@ def from_arrays(arrays: dict[str, npt.NDArray[np.float64]]) -> WorthTable:
     if not all(np.isfinite(array).all() for array in parts.values()):
         raise ValueError("the arrays hold NaN or Inf")
     made = _empty(max_steps, stride, parts["edges"], bool(learns))
-    return _priced(replace(made, counts=parts["counts"], sums=parts["sums"], squares=parts["squares"]))
+    return replace(made, counts=parts["counts"], sums=parts["sums"], squares=parts["squares"])

@@ -11,6 +11,7 @@ input, an exception, an energy that is not finite) fails that request, or the re
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -289,55 +290,66 @@ class Loop:
         )  # fmt: skip
 
     def _step(self, decision: Decision, contributions: Mapping[int, float], answering: Mapping[str, float]) -> Outcome:
+        """The granted steps, or as many as it takes until one of the requests is done."""
         flights = {number: self._flights[number] for number in decision.step if number in self._flights}
-        started = self.clock.now()
-        if not flights:
-            return Outcome(started, started, contributions=contributions, answering=answering)
-        plugin = self.plugins[decision.plugin]
-        before = self.sensor.read() if self.sensor else None
-        rows: dict[int, list[float]] = {}
+        started = finished = self.clock.now()
+        energies: dict[int, list[float]] = {number: [] for number in flights}
+        halted: dict[int, str] = {}
         failed: set[int] = set()
+        atp = 0.0
+        for _ in range(decision.grant if flights else 0):
+            began = finished
+            before = self.sensor.read() if self.sensor else None
+            rows, errors = self._refine(self.plugins[decision.plugin], flights)
+            finished = self.clock.now()
+            used = self.sensor.read() - before if self.sensor and before is not None else None
+            spent_ms = (finished - began) * 1e3
+            counted = used if self.settings.budget.unit == "mJ" and used is not None else spent_ms
+            atp += counted
+            for number, error in errors.items():
+                failed.add(number)
+                self._fail(number, "step", error)
+            for number in flights.keys() - failed:
+                energy, reason = self._advanced(
+                    flights[number], rows[number], began, finished, counted, used, len(flights)
+                )
+                energies[number].append(energy)
+                if reason:
+                    halted[number] = reason
+            if failed or halted:
+                break
+        reached = {number: tuple(path) for number, path in energies.items() if path}
+        return Outcome(started, finished, reached, halted, frozenset(failed), contributions, answering,
+                       None if self.settings.budget.unit == "ms" else atp)  # fmt: skip
+
+    def _refine(
+        self, plugin: Plugin[Any], flights: Mapping[int, _Flight]
+    ) -> tuple[dict[int, list[float]], dict[int, Exception]]:
+        """One step of all flights; energy and signals of each, or why it failed."""
+        rows: dict[int, list[float]] = {}
         try:
             indices = [len(flight.energies) for flight in flights.values()]
             stepped = plugin.step_many([flight.state for flight in flights.values()], indices)
             for (number, flight), state in zip(flights.items(), stepped, strict=True):
                 flight.state = plugin.project(state)
-                rows[number] = [plugin.energy(flight.state), *plugin.read_signals(flight.state)]
+                rows[number] = [float(plugin.energy(flight.state)), *map(float, plugin.read_signals(flight.state))]
         except Exception as error:  # see _answer; where each of them stands is not known
-            failed = set(flights)
-            for number in flights:
-                self._fail(number, "step", error)
-        finished = self.clock.now()
-        used = self.sensor.read() - before if self.sensor and before is not None else None
-        spent_ms = (finished - started) * 1e3
-        counted = used if self.settings.budget.unit == "mJ" and used is not None else spent_ms
-        energies, halted = {}, {}
-        for number, row in rows.items():
-            if number in failed:
-                continue
-            flight = flights[number]
-            if not np.isfinite(row[0]):
-                failed.add(number)
-                self._fail(number, "step", ValueError(f"the energy is {row[0]}"))
-                continue
-            energies[number], reason = self._advanced(
-                flight, row, started, finished, (counted, spent_ms, used), len(flights)
-            )
-            if reason:
-                halted[number] = reason
-        return Outcome(started, finished, energies, halted, frozenset(failed), contributions, answering,
-                       None if self.settings.budget.unit == "ms" else counted)  # fmt: skip
+            return {}, dict.fromkeys(flights, error)
+        wrong = {
+            number: ValueError(f"the energy is {row[0]}") for number, row in rows.items() if not math.isfinite(row[0])
+        }
+        return rows, dict(wrong)
 
-    def _advanced(self, flight: _Flight, row: list[float], started: float, finished: float,
-                  cost: tuple[float, float, float | None], sharers: int) -> tuple[float, str]:  # fmt: skip
+    def _advanced(self, flight: _Flight, row: list[float], began: float, finished: float, atp: float, energy_mJ: float | None,
+                  sharers: int) -> tuple[float, str]:  # fmt: skip
         """Enter one step of one request; its normalised energy, and why it stops or ""."""
         if not flight.energies:
-            flight.began = started
+            flight.began = began
         flight.add(row)
         flight.ended.append(finished)
-        flight.atp += cost[0] / sharers
-        flight.time_ms += cost[1] / sharers
-        flight.energy_mJ += (cost[2] or 0.0) / sharers
+        flight.atp += atp / sharers
+        flight.time_ms += (finished - began) * 1e3 / sharers
+        flight.energy_mJ += (energy_mJ or 0.0) / sharers
         plugin = flight.plugin
         try:
             reason = plugin.halt(flight.history(finished), flight.policy)

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-import numpy as np
-import numpy.typing as npt
-
+from sage_edge.irp.worth import Pieces
 from sage_edge.sharing.costs import Costs
-
-NEGLIGIBLE = 1e-6  # a step that is expected to bring less of the loss than this is worth nothing
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A request that may step. ahead: worth of its next stages, a step, falling; stride: steps a stage."""
+    """A request that may step. ahead: its next steps, as (worth of a step, how many steps), falling."""
 
     id: int
     plugin: str
     arrived: float
     served: float
     deadline: float | None
-    ahead: npt.NDArray[np.float64]
-    stride: int
+    ahead: Pieces
 
     @property
     def due(self) -> float:
-        return np.inf if self.deadline is None else self.deadline
+        return math.inf if self.deadline is None else self.deadline
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,38 +43,35 @@ class Choice:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The requests of one plugin that step together, and why."""
+    """The requests of one plugin that step together, and why. most: steps for which the reason holds."""
 
     plugin: str
     step: tuple[int, ...]
     why: str
+    most: int = 1 << 30
 
 
 def by_worth(choice: Choice) -> Chosen:
     """Where the loss is expected to fall most per ATP, deadlines kept; see `scheduler`."""
     pieces = _pieces(choice)
-    if not pieces:  # nothing is expected of anybody: who has waited longest
-        first = min(choice.candidates, key=lambda c: (c.served, c.id))
-        return _joined(choice, first, _mates(choice, first), "nothing is expected; least recently served")
-    accepted, slack, dues = _in_time(pieces, choice.now)
-    if not accepted:  # none of them can be done in time: whatever comes of it, by density
-        accepted, slack = pieces, np.full(len(dues), np.inf)
-    for piece in accepted:
-        before = slack[: int(np.searchsorted(dues, piece.owner.due))]
-        if piece.first and (not len(before) or before.min() >= piece.each_ms):
-            wanted = {p.owner.id: p.density for p in accepted if p.first and p.owner.plugin == piece.owner.plugin}
-            mates = sorted(
-                (c for c in choice.candidates if c.id in wanted and c.id != piece.owner.id),
-                key=lambda c: (-wanted[c.id], c.id),
-            )
-            return _joined(choice, piece.owner, mates, f"worth {piece.density:.3g} per ATP")
-    urgent = min((p for p in accepted if p.first), key=lambda p: (p.owner.due, p.owner.id))
-    return _joined(choice, urgent.owner, [], f"deadline; worth {urgent.density:.3g} per ATP")
+    if not pieces:  # nothing is expected of anybody
+        return _filled(choice, *_in_turn(choice.candidates), "nothing is expected; least recently served")
+    dues = sorted({piece.owner.due for piece in pieces})
+    places = {due: place for place, due in enumerate(dues)}
+    accepted, slack = _in_time(pieces, places, [(due - choice.now) * 1e3 for due in dues])
+    firsts = [piece for piece in accepted if piece.first]
+    kept = {piece.owner.due: slack[places[piece.owner.due]] for piece in firsts}
+    if not firsts:  # none of them can be done in time: whatever comes of it, by density
+        firsts = [piece for piece in pieces if piece.first]
+    # The earliest deadline makes nobody late, so there is always one.
+    piece = next(p for p in firsts if all(spare >= p.each_ms for due, spare in kept.items() if due < p.owner.due))
+    mates = [p for p in firsts if p.owner.plugin == piece.owner.plugin and p is not piece]
+    return _together(choice, [piece, *mates])
 
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """Steps of one request that are worth the same. each_ms: of one of them."""
+    """Steps of one request that are worth the same. density: worth per ATP. each_ms: what one takes, on the clock."""
 
     owner: Candidate
     density: float
@@ -87,9 +82,7 @@ class _Piece:
 
 def _pieces(choice: Choice) -> list[_Piece]:
     """All steps worth having, most valuable first. Of one request, earlier ones are never worth less, so they come first."""
-    counts: dict[str, int] = {}
-    for candidate in choice.candidates:
-        counts[candidate.plugin] = counts.get(candidate.plugin, 0) + 1
+    counts = Counter(candidate.plugin for candidate in choice.candidates)
     unit = {}
     for name, count in counts.items():
         size = max((s for s in choice.sizes[name] if s <= count), default=choice.sizes[name][0])
@@ -97,53 +90,54 @@ def _pieces(choice: Choice) -> list[_Piece]:
     pieces = []
     for candidate in choice.candidates:
         each_ms, each_atp = unit[candidate.plugin]
-        ahead, at = candidate.ahead, 0
-        while at < len(ahead) and ahead[at] > NEGLIGIBLE:
-            end = at + 1
-            while end < len(ahead) and ahead[end] == ahead[at]:
-                end += 1
-            steps = (end - at) * candidate.stride
-            pieces.append(_Piece(candidate, float(ahead[at]) / each_atp, steps, each_ms, at == 0))
-            at = end
+        for place, (worth, steps) in enumerate(candidate.ahead):
+            pieces.append(_Piece(candidate, worth / each_atp, steps, each_ms, place == 0))
     return sorted(pieces, key=lambda p: (-p.density, p.owner.due, p.owner.id, not p.first))
 
 
 def _in_time(
-    pieces: Sequence[_Piece], now: float
-) -> tuple[list[_Piece], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The pieces, most valuable first, that can all be done before their deadlines; the milliseconds to spare before each
-    deadline; and the deadlines, rising."""
-    dues = np.unique([p.owner.due for p in pieces])
-    slack = (dues - now) * 1e3
+    pieces: Sequence[_Piece], places: Mapping[float, int], slack: list[float]
+) -> tuple[list[_Piece], list[float]]:
+    """The pieces, most valuable first, that can all be done before their deadlines, and the milliseconds to spare before
+    each deadline, of which `slack` says how far off they are and `places` where they stand in it."""
+    demand = [0.0] * len(slack)
+    for piece in pieces:
+        demand[places[piece.owner.due]] += piece.steps * piece.each_ms
+    spare = [room - load for room, load in zip(slack, accumulate(demand), strict=True)]
+    if min(spare) >= 0:
+        return list(pieces), spare
     accepted, lost = [], set()
     for piece in pieces:
         if piece.owner.id in lost:
             continue  # its earlier steps do not fit, so the later ones cannot come either
-        at = int(np.searchsorted(dues, piece.owner.due))
-        room = slack[at:].min()
-        steps = min(piece.steps, int(room // piece.each_ms)) if np.isfinite(room) else piece.steps
+        at = places[piece.owner.due]
+        room = min(slack[at:])
+        steps = piece.steps if room >= piece.steps * piece.each_ms else int(room // piece.each_ms)
         if steps < piece.steps:
             lost.add(piece.owner.id)
         if steps > 0:
-            slack[at:] -= steps * piece.each_ms
+            used = steps * piece.each_ms
+            slack[at:] = [spare - used for spare in slack[at:]]
             accepted.append(piece)
-    return accepted, slack, dues
+    return accepted, slack
 
 
-def _joined(choice: Choice, first: Candidate, mates: Sequence[Candidate], why: str) -> Chosen:
-    """`first` and as many of `mates` (same plugin, best first) as make a step cheapest per request, or worth most."""
-    sizes, costs = choice.sizes[first.plugin], choice.costs[first.plugin]
-    row = [first, *mates]
-    worth = [max(float(c.ahead[0]) if len(c.ahead) else 0.0, NEGLIGIBLE) for c in row]
+def _together(choice: Choice, row: Sequence[_Piece]) -> Chosen:
+    """The first of `row`, and as many of the others (same plugin, best first) as make a step worth most per ATP."""
+    first = row[0]
+    sizes, costs = choice.sizes[first.owner.plugin], choice.costs[first.owner.plugin]
     fitting = [size for size in sizes if size <= len(row)] or [1]
-    best = max(fitting, key=lambda size: (sum(worth[:size]) / costs.atp(size), -size))
-    return Chosen(first.plugin, tuple(c.id for c in row[:best]), why)
+    best = max(fitting, key=lambda size: (sum(p.density for p in row[:size]) / costs.atp(size), -size))
+    return Chosen(
+        first.owner.plugin, tuple(p.owner.id for p in row[:best]), f"worth {first.density:.3g} per ATP", first.steps
+    )
 
 
-def _mates(choice: Choice, first: Candidate) -> list[Candidate]:
-    """The other requests of the same plugin, least recently served first."""
-    others = (c for c in choice.candidates if c.plugin == first.plugin and c.id != first.id)
-    return sorted(others, key=lambda c: (c.served, c.id))
+def _in_turn(candidates: Sequence[Candidate]) -> tuple[Candidate, list[Candidate]]:
+    """The least recently served candidate, and the others of its plugin in that order."""
+    first = min(candidates, key=lambda c: (c.served, c.id))
+    mates = (c for c in candidates if c.plugin == first.plugin and c.id != first.id)
+    return first, sorted(mates, key=lambda c: (c.served, c.id))
 
 
 def _filled(choice: Choice, first: Candidate, mates: Sequence[Candidate], why: str) -> Chosen:
@@ -157,8 +151,7 @@ def _filled(choice: Choice, first: Candidate, mates: Sequence[Candidate], why: s
 
 def round_robin(choice: Choice) -> Chosen:
     """Every request in turn, one step each."""
-    first = min(choice.candidates, key=lambda c: (c.served, c.id))
-    return _filled(choice, first, _mates(choice, first), "its turn")
+    return _filled(choice, *_in_turn(choice.candidates), "its turn")
 
 
 def run_to_completion(choice: Choice) -> Chosen:
@@ -178,8 +171,8 @@ def earliest_deadline(choice: Choice) -> Chosen:
 def by_trust(choice: Choice) -> Chosen:
     """The plugin that has spent least for its trust in this period; its requests in turn."""
     plugin = min({c.plugin for c in choice.candidates}, key=lambda name: (choice.used[name], name))
-    first = min((c for c in choice.candidates if c.plugin == plugin), key=lambda c: (c.served, c.id))
-    return _filled(choice, first, _mates(choice, first), "least spent for its trust")
+    own = [c for c in choice.candidates if c.plugin == plugin]
+    return _filled(choice, *_in_turn(own), "least spent for its trust")
 
 
 RULES: dict[str, Callable[[Choice], Chosen]] = {

@@ -40,6 +40,7 @@ from sage_edge.sharing.costs import Costs
 from sage_edge.sharing.rules import RULES, Candidate, Choice
 
 PATIENCE_S = 1.0
+QUANTUM_MS = 2.0
 RESCUE = "waited longest"
 COHERENCE = 0.5  # mean |contribution| before anything is known
 
@@ -84,19 +85,21 @@ class Account:
 
 @dataclass(frozen=True)
 class Settings:
-    """rule: see `rules.RULES`. capacity: how many requests may be in flight or waiting."""
+    """rule: see `rules.RULES`. capacity: how many requests may be in flight or waiting. quantum_ms: steps that take less are
+    granted several at a time, so that deciding does not cost more than stepping."""
 
     profile: Profile = PROFILES["balanced"]
     budget: Budget = field(default_factory=Budget)
     rule: str = "worth"
     capacity: int = 1024
+    quantum_ms: float = QUANTUM_MS
     patience_s: float = PATIENCE_S
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule: expected one of {', '.join(RULES)}, found {self.rule!r}")
-        if self.capacity < 1 or self.patience_s <= 0:
-            raise ValueError("capacity and patience_s: expected positive numbers")
+        if self.capacity < 1 or self.patience_s <= 0 or self.quantum_ms <= 0:
+            raise ValueError("capacity, patience_s and quantum_ms: expected positive numbers")
 
 
 @dataclass(frozen=True)
@@ -119,26 +122,29 @@ class SharingState:
 @dataclass(frozen=True)
 class Decision:
     """What to do now. expire: ids of requests that never had a step and are too late. answer: (id, reason). plugin, step: the
-    requests that take one step together (at most one plugin's). why: in words. until: nothing can be done before this time,
+    requests that step together (at most one plugin's). grant: how many steps,
+    unless one of them is done before. why: in words. until: nothing can be done before this time,
     None when there is a step or nobody to wait for."""
 
     expire: tuple[int, ...] = ()
     answer: tuple[tuple[int, str], ...] = ()
     plugin: str = ""
     step: tuple[int, ...] = ()
+    grant: int = 1
     why: str = ""
     until: float | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a decision. started, finished: times around the step. energies: normalised, by id, of who got through it.
+    """What came of a decision. started, finished: times around the step. energies: normalised, by id, after each of the
+    steps that it got through.
     halted: reasons by id. failed: ids that an error hit. contributions: by id, for those answered. answering:
     milliseconds that answering took, by plugin. atp: what the step cost by a sensor, None to count its time."""
 
     started: float
     finished: float
-    energies: Mapping[int, float] = field(default_factory=dict)
+    energies: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     halted: Mapping[int, str] = field(default_factory=dict)
     failed: frozenset[int] = frozenset()
     contributions: Mapping[int, float] = field(default_factory=dict)
@@ -190,7 +196,9 @@ def schedule(state: SharingState, now: float) -> Decision:
         return replace(done, plugin=starving.plugin, step=(starving.id,), why=RESCUE)
     allowed = _allowed(state, {task.plugin for task in going}, left) if guarded else None
     choice = RULES[state.settings.rule](_choice(state, going, allowed, now))
-    return replace(done, plugin=choice.plugin, step=choice.step, why=choice.why)
+    ms = state.accounts[choice.plugin].costs.ms(len(choice.step))
+    grant = max(1, min(int(state.settings.quantum_ms / ms), choice.most))
+    return replace(done, plugin=choice.plugin, step=choice.step, grant=grant, why=choice.why)
 
 
 def update(state: SharingState, decision: Decision, outcome: Outcome) -> SharingState:
@@ -221,7 +229,7 @@ def update(state: SharingState, decision: Decision, outcome: Outcome) -> Sharing
 def _stepped(task: Task, atp: float, outcome: Outcome) -> Task:
     return replace(
         task,
-        energies=(*task.energies, outcome.energies[task.id]),
+        energies=(*task.energies, *outcome.energies[task.id]),
         served=outcome.finished,
         spent=task.spent + atp,
         reason=outcome.halted.get(task.id, ""),
@@ -260,7 +268,7 @@ def _allowed(state: SharingState, working: set[str], left: float) -> set[str]:
 
 
 def _choice(state: SharingState, going: list[Task], allowed: set[str] | None, now: float) -> Choice:
-    """The requests that may go, with what their next steps cost and are worth."""
+    """The requests that may go (all, for the rules that know no worth), with what their next steps cost and are worth."""
     profile, budget = state.settings.profile, state.settings.budget
     candidates = []
     for task in going:
@@ -268,6 +276,7 @@ def _choice(state: SharingState, going: list[Task], allowed: set[str] | None, no
             continue
         account = state.accounts[task.plugin]
         weight = account.trust * 2.0**task.priority
+        ahead = () if allowed is None else account.worth.ahead(task.steps, task.energy, profile.exploration)
         candidates.append(
             Candidate(
                 id=task.id,
@@ -275,8 +284,7 @@ def _choice(state: SharingState, going: list[Task], allowed: set[str] | None, no
                 arrived=task.arrived,
                 served=task.served,
                 deadline=task.deadline,
-                ahead=account.worth.ahead(task.steps, task.energy, profile.exploration) * weight,
-                stride=account.worth.stride,
+                ahead=tuple((worth * weight, steps) for worth, steps in ahead),
             )
         )
     accounts = [state.accounts[name] for name in {c.plugin for c in candidates}]
@@ -296,7 +304,8 @@ def _charged(state: SharingState, decision: Decision, outcome: Outcome) -> tuple
     account = state.accounts[decision.plugin]
     spent_ms = (outcome.finished - outcome.started) * 1e3
     atp = spent_ms if outcome.atp is None else outcome.atp
-    costs = account.costs.learned(len(decision.step), spent_ms, atp) if outcome.energies else account.costs
+    steps = max((len(path) for path in outcome.energies.values()), default=0)
+    costs = account.costs.learned(len(decision.step), spent_ms / steps, atp / steps) if steps else account.costs
     changed = replace(account, costs=costs, spent=account.spent + atp, left=max(0.0, account.left - atp))
     rescued = state.rescued + (atp if decision.why == RESCUE else 0.0)
     return replace(state, accounts={**state.accounts, account.name: changed}, rescued=rescued), atp / len(decision.step)
