@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 MODEL = "model.yaml"
 WEIGHTS = "weights.safetensors"
+SENTENCES = "sentences.csv"  # written for this project: text, intent
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,22 @@ class LanguageConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "intents", "seq_len", "embedding", "hidden_size", "num_heads", "layers", "max_steps"):
+        for name in (
+            "vocab_size",
+            "intents",
+            "seq_len",
+            "embedding",
+            "hidden_size",
+            "num_heads",
+            "layers",
+            "max_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"num_heads: rotary positions need an even hidden_size / num_heads, found {self.hidden_size}")
+            raise ValueError(
+                f"num_heads: rotary positions need an even hidden_size / num_heads, found {self.hidden_size}"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,13 @@
 """The language model's three graphs, and the plugin's files: model.yaml, weights.safetensors, bundle/. Needs torch.
 
-    python -m plugins_irp.language.graphs --model RUN/model --data DATA -o plugins_irp/language/bundle
+python -m plugins_irp.language.graphs RUN/model -o plugins_irp/language/bundle
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
@@ -18,17 +16,18 @@ from torch import Tensor, nn
 
 from sage_edge.bundle import Bundle, Graphs, GraphSpec
 from sage_edge.config import dump_yaml, load_yaml
-from sage_edge.errors import InputError, IntegrityError
+from sage_edge.errors import InputError, IntegrityError, SageError
 from sage_edge.export.bundle import GraphModel, write_bundle
 from sage_edge.export.graph import entropies, relative_change
 from sage_edge.files import replacing, sha256, write_atomic
 from sage_edge.specs import SLOTS, Array, TensorSpec
 
-from .data import load_texts
-from .facts import MODEL, WEIGHTS, LanguageConfig, ModelFile
+from .data import labelled
+from .facts import MODEL, SENTENCES, WEIGHTS, LanguageConfig, ModelFile
 from .model import LanguageModel
 from .tokens import TOKENIZER, Tokens
 
+REFERENCES = 3
 SIGNALS = ("q_halt", "q_continue", "entropy_mean", "changed", "meaning_change")
 
 
@@ -139,9 +138,32 @@ def load_model(folder: Path) -> tuple[LanguageModel, ModelFile]:
     return model.eval().requires_grad_(False), file
 
 
-def export(model_folder: Path, tokenizer: Path, texts: list[str], output: Path) -> Bundle:
-    """Export the model to a bundle whose reference are `texts`."""
-    model, file = load_model(model_folder)
-    tokens = Tokens(tokenizer)
+def export(folder: Path, output: Path) -> Bundle:
+    """Write the bundle of the model in `folder` (model.yaml, weights, tokenizer); its reference are the plugin's own
+    sentences. Raises what `load_model` and `write_bundle` raise."""
+    model, file = load_model(folder)
+    tokens = Tokens(folder / TOKENIZER)
+    if tokens.size != file.config.vocab_size:
+        raise InputError(f"{tokens.path}: holds {tokens.size} tokens, the model of {MODEL} {file.config.vocab_size}")
+    sentences = labelled(Path(__file__).with_name(SENTENCES))
+    # A few of all kinds: their carries at every step are a part of the bundle, and should stay a small one.
+    texts = [text for text, _ in sentences[:: len(sentences) // REFERENCES]][:REFERENCES]
     samples: dict[str, Array] = {"tokens": tokens.batch([tokens.encode(text) for text in texts], file.config.seq_len)}
     return write_bundle(graph_model(model, file), output, samples)
+
+
+def main() -> None:
+    """Command line; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="model.yaml, weights.safetensors, tokenizer.json")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the bundle to write")
+    arguments = parser.parse_args()
+    try:
+        bundle = export(arguments.folder, arguments.output)
+    except SageError as error:
+        raise SystemExit(f"error: {error}") from error
+    Console().print(f"wrote {arguments.output}: {bundle.parameters} parameters, {bundle.step_gflop} GFLOP a step")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ from sage_edge.irp.spec import PluginSpec
 from sage_edge.specs import Array
 
 from .data import data_folder, labelled, load_texts
-from .facts import MODEL, ModelFile
+from .facts import MODEL, SENTENCES, ModelFile
 from .tokens import TOKENIZER, WORD, Tokens
 
 FOLDER = Path(__file__).resolve().parent
@@ -105,7 +105,7 @@ class Language(EnginePlugin):
 
     def own_sentences(self) -> list[tuple[str, str]]:
         """(text, intent) of sentences.csv, written for this project."""
-        return labelled(FOLDER / "sentences.csv")
+        return labelled(FOLDER / SENTENCES)
 
     def examples(self, source: str, limit: int | None = None) -> Examples:
         """`calibration` or `report`: halves of CLINC150's validation split, each sentence with a share of its words masked

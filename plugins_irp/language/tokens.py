@@ -96,7 +96,6 @@ def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> None:
         texts, library.trainers.BpeTrainer(vocab_size=size - len(SPECIAL) - 256, show_progress=False)
     )
 
-
     learnt = json.loads(learner.to_str())["model"]
     order = [*SPECIAL, *bytes_, *sorted(learnt["vocab"], key=learnt["vocab"].__getitem__)]
     model = library.models.BPE(
@@ -117,5 +116,7 @@ def _library() -> Any:
     try:
         import tokenizers
     except ModuleNotFoundError as error:
-        raise MissingDependencyError("the language plugin needs tokenizers: pip install 'sage-edge[language]'") from error
+        raise MissingDependencyError(
+            "the language plugin needs tokenizers: pip install 'sage-edge[language]'"
+        ) from error
     return tokenizers

@@ -16,6 +16,7 @@ import argparse
 import copy
 import csv
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,7 @@ def train(args: argparse.Namespace, console: Console) -> None:
                     console.print({k: row[k] for k in fields}, highlight=False)
     source = f"plugins_irp/language/train.py: {trainer.step} steps of batch {args.batch}, seed {args.seed}"
     save_model(args.run / "model", trainer.averaged(), trainer.texts.intents, source)
+    shutil.copyfile(args.run / TOKENIZER, args.run / "model" / TOKENIZER)
     plot(log, args.run / "learning-curve.png", {"val_0": "clean", "val_20": "20 % of words masked"}, "intent_loss")
     console.print(f"wrote {args.run / 'model'} after {trainer.seconds / 3600:.2f} hours of training")
 
