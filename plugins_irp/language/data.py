@@ -46,6 +46,15 @@ class Texts:
     def intents(self) -> tuple[str, ...]:
         return tuple(sorted({intent for _, intent in self.train}))
 
+    def first(self, limit: int | None) -> Texts:
+        """The same with at most `limit` texts of each part but train, spread over the intents."""
+        if limit is None:
+            return self
+        thin = {
+            name: part[:: max(1, len(part) // limit)][:limit] for name, part in vars(self).items() if name != "train"
+        }
+        return Texts(train=self.train, **thin)
+
     def examples(self, source: str, limit: int | None = None) -> Examples:
         """Of `calibration` or `report`, in a fixed random order, with RATES of their words masked in turn."""
         if source not in ("calibration", "report"):
@@ -85,6 +94,8 @@ def load_texts(folder: Path) -> Texts:
         raise InputError(f"{path}: expected gzipped JSON: {error}") from error
     train, val, oos_train, oos_val = (_pairs(raw, name, path) for name in ("train", "val", "oos_train", "oos_val"))
     calibration, report = halves(val)
+    if not calibration or not report:
+        raise InputError(f"{path}: 'val': expected at least two of an intent, to be halved")
     return Texts(train, calibration, report, tuple(t for t, _ in oos_train), tuple(t for t, _ in oos_val))
 
 

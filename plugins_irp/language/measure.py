@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from sage_edge.files import sha256, write_atomic
 from sage_edge.irp.calibrate import Calibration, Promise, calibrate
 from sage_edge.irp.families import PLUGIN_FAMILIES
 from sage_edge.irp.plugin import Examples
-from sage_edge.irp.registry import open_plugin
+from sage_edge.irp.spec import load_spec
 from sage_edge.irp.traces import Traces, steps_taken
 from sage_edge.runtime import Session
 
@@ -106,7 +107,7 @@ def damaged(pairs: Sequence[Pair], damage: Damage) -> tuple[list[str], list[str]
 def interval(right: Bools) -> tuple[float, float]:
     """Mean and its standard error, in per cent."""
     rate = float(right.mean())
-    return 100 * rate, 100 * float(np.sqrt(rate * (1 - rate) / len(right)))
+    return 100 * rate, 100 * math.sqrt(rate * (1 - rate) / len(right))
 
 
 def accuracy(plugin: Language, pairs: Sequence[Pair], linear: Sequence[Linear], policy: str) -> list[dict[str, Any]]:
@@ -151,7 +152,7 @@ def halting(plugin: Language, texts: Texts) -> tuple[Calibration, list[dict[str,
             "masked": name, "examples": len(index), "full": interval(traces.exact[index, -1])[0],
             "halted": interval(traces.exact[index, taken[index] - 1])[0], "lost": 100 * float(lost.mean()),
             "steps": float(taken[index].mean()), "saved": 100 * (1 - float(taken[index].mean()) / traces.steps),
-            "oracle": interval(traces.exact[index].any(1))[0], "oracle_steps": float(first[index].mean()),
+            "oracle": interval(np.asarray(traces.exact[index].any(1), bool))[0], "oracle_steps": float(first[index].mean()),
         })  # fmt: skip
     return calibration, rows
 
@@ -256,12 +257,13 @@ def main() -> None:
     """Command line; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=data_folder(), help="folder with clinc150_train_val.json.gz")
-    parser.add_argument("--plugin", type=Path, default=FOLDER, help="folder of the plugin")
+    parser.add_argument("--limit", type=int, help="only this many sentences of each part, for a quick look")
     parser.add_argument("-o", "--output", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()
     try:
-        with open_plugin(arguments.plugin) as plugin:
-            found = measure(plugin, load_texts(arguments.data))  # type: ignore[arg-type]
+        spec = load_spec(FOLDER)
+        with Language(spec, **spec.options) as plugin:
+            found = measure(plugin, load_texts(arguments.data).first(arguments.limit))
     except SageError as error:
         raise SystemExit(f"error: {error}") from error
     show(Console(width=150), found)

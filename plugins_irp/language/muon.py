@@ -17,12 +17,13 @@ A, B, C = 3.4445, -4.7750, 2.0315
 
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
     """A matrix with the singular vectors of `matrix` [n, m] and singular values near 1."""
-    x = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
+    tall = matrix.shape[0] > matrix.shape[1]
+    x: Tensor = matrix.t() if tall else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):
         gram = x @ x.t()
         x = A * x + (B * gram + C * gram @ gram) @ x
-    return x.t() if matrix.shape[0] > matrix.shape[1] else x
+    return x.t() if tall else x
 
 
 class Muon(torch.optim.Optimizer):

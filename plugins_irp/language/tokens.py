@@ -1,8 +1,8 @@
 """The plugin's own tokenizer: byte-fallback BPE in tokenizer.json, read with `tokenizers` (extra `language`).
 
-Text is normalised (NFKC, lower case, no punctuation or quotes around words) and cut at spaces; a character that training never saw becomes its UTF-8
-bytes, so every text has tokens and comes back. Special tokens: `<pad>` 0, `<mask>` 1 (a word that was not understood),
-`<empty>` 2 (a place where nothing was said; only ever put out).
+Text is normalised (NFKC, lower case, no punctuation or quotes around words) and cut at spaces; a character that training
+never saw becomes its UTF-8 bytes, so every text has tokens and comes back. Special tokens: `<pad>` 0, `<mask>` 1 (a word
+that was not understood), `<empty>` 2 (a place where nothing was said; only ever put out).
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Tokens:
         return " ".join(out.split())
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text).ids)
+        """Ids of a text, word by word; any text has some, but for one without words."""
+        return [piece for word in self.normalise(text).split() for piece in self.pieces(word, True)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; padding and empty places vanish, a mask reads `<mask>`."""
@@ -62,7 +63,7 @@ class Tokens:
     def _pieces(self, text: str, first: bool) -> tuple[int, ...]:
         """Ids of one word, or of a later part of one (`first` False). Of normalised text without spaces."""
         if text in SPECIAL:
-            return (int(self.tokenizer.token_to_id(text)),)
+            return (SPECIAL.index(text),)
         return tuple(piece.id for piece in self.tokenizer.model.tokenize(WORD + text if first else text))
 
     def batch(self, sequences: Iterable[Sequence[int]], length: int) -> npt.NDArray[np.int32]:
@@ -95,7 +96,6 @@ def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> None:
     learner.train_from_iterator(
         texts, library.trainers.BpeTrainer(vocab_size=size - len(SPECIAL) - 256, show_progress=False)
     )
-
     learnt = json.loads(learner.to_str())["model"]
     order = [*SPECIAL, *bytes_, *sorted(learnt["vocab"], key=learnt["vocab"].__getitem__)]
     model = library.models.BPE(

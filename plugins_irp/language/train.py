@@ -18,6 +18,7 @@ import csv
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from sage_edge.errors import SageError
 from sage_edge.export.learning_curve import keep_until, plot
 
 from .corrupt import IGNORE, Rates, Vocabulary, damage
@@ -238,7 +240,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--data", type=Path, required=True, help="folder with clinc150_train_val.json.gz")
     made.add_argument("--run", type=Path, required=True, help="folder for the state, the log and the model")
-    made.add_argument("--steps", type=int, default=5000, help="optimiser steps in all")
+    made.add_argument("--steps", type=int, default=3000, help="optimiser steps in all")
     made.add_argument("--decay", type=float, default=0.5, help="last fraction of the run with falling learning rate")
     made.add_argument("--batch", type=int, default=96)
     made.add_argument("--lr", type=float, default=2e-3)
@@ -303,5 +305,13 @@ def train(args: argparse.Namespace, console: Console) -> None:
     console.print(f"wrote {args.run / 'model'} after {trainer.seconds / 3600:.2f} hours of training")
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module."""
+    try:
+        train(parser().parse_args(arguments), Console())
+    except SageError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 if __name__ == "__main__":
-    train(parser().parse_args(), Console())
+    main()
