@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +38,16 @@ from sage_edge.sharing.scheduler import Settings
 
 LOADS = (0.7, 1.0, 1.5, 2.5)
 SLACK = (1.5, 12.0)  # deadlines: times the plugin's mean time to halt, even on a logarithmic scale
+# What a step costs by the simulated clock: stated, so that the section does not depend on the machine.
+SIMULATED_MS = {"reason": 7.0, "solve": 1.0, "sparse": 1.5}
 RULES = ("round-robin", "run-to-completion", "trust-proportional", "earliest-deadline", "worth")
 BASE = "round-robin"
+Known = Literal["quality", "energy", "nothing"]  # what the worth of steps was learned from
+WAYS: dict[str, tuple[str, Known]] = {
+    **{rule: (rule, "quality") for rule in RULES},
+    "worth, from energies alone": ("worth", "energy"),
+    "worth, learning from nothing": ("worth", "nothing"),
+}
 Floats = npt.NDArray[np.float64]
 Progress = Callable[[str, float], None]
 
@@ -47,7 +55,7 @@ Progress = Callable[[str, float], None]
 @dataclass(frozen=True)
 class Contender:
     """One plugin of the load. recorded: its traces on the held-out examples; policy: certified on others, as text; step_ms:
-    what a step costs; worth: learned on those others."""
+    what a step costs. worth: learned on those others from their quality; worth_by_energy: from their energies alone."""
 
     name: str
     plugin: Plugin[Any]
@@ -56,6 +64,7 @@ class Contender:
     policy: str
     step_ms: float
     worth: WorthTable
+    worth_by_energy: WorthTable
 
     @property
     def halting_ms(self) -> float:
@@ -171,12 +180,16 @@ def losses(
 
 
 def simulate(contenders: Sequence[Contender], arrivals: Sequence[Arrival], rule: str, profile: Profile,
-             known: bool = True) -> Served:  # fmt: skip
-    """One rule on one load by the simulated clock. known False: nothing is known of the worth of steps; it is learned."""
+             known: Known = "quality") -> Served:  # fmt: skip
+    """One rule on one load by the simulated clock. With nothing known of the worth of steps, it is learned on the way."""
     clock = SimulatedClock()
     plugins = {c.name: Traced(c.plugin.spec, c, clock) for c in contenders}
     costs = {c.name: Costs({1: c.step_ms}, {1: c.step_ms}) for c in contenders}
-    worth = {c.name: c.worth for c in contenders} if known else {}
+    tables = {
+        "quality": {c.name: c.worth for c in contenders},
+        "energy": {c.name: c.worth_by_energy for c in contenders},
+    }
+    worth = tables.get(known, {})
     with Loop(plugins, Settings(profile=profile, rule=rule, capacity=1 << 20), clock, worth=worth, costs=costs) as loop:
         return serve(loop, arrivals, lambda arrival: {"example": arrival.example})
 
@@ -185,14 +198,13 @@ def compare(contenders: Sequence[Contender], seconds: float, seeds: int, profile
             progress: Progress = lambda stage, done: None) -> dict[str, Any]:  # fmt: skip
     """The simulated comparison: every rule on every load, `seeds` times; means, and intervals over the seeds."""
     by_name = {c.name: c for c in contenders}
-    ways = {rule: (rule, True) for rule in RULES} | {"worth, learning from nothing": ("worth", False)}
     rows = []
     for number, load in enumerate(LOADS):
-        gathered: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+        gathered: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for seed in range(seeds):
             progress(f"scheduler, simulated: load {load:g}", (number + seed / seeds) / len(LOADS))
             arrivals = draw_load(contenders, load, seconds, np.random.default_rng([number, seed]))
-            for way, (rule, known) in ways.items():
+            for way, (rule, known) in WAYS.items():
                 served = simulate(contenders, arrivals, rule, find_profile(profile), known)
                 gathered[way].append(_scores(by_name, arrivals, served))
         for way, runs in gathered.items():

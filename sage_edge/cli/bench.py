@@ -29,13 +29,16 @@ def add(subparsers: Subparsers) -> None:
         "  sage-edge bench --peers                                     beside PyTorch and OpenVINO (sage-edge[peers])\n"
         "  sage-edge bench --suite slots                               slot refill against static batches, and latency\n"
         "                                                              under random arrivals (Poisson, open loop)\n"
+        "  sage-edge bench --suite irp                                 every IRP plugin: full, certified, oracle; and rules for\n"
+        "                                                              sharing one device (see docs/irp.md)\n"
         "  sage-edge bench --case benchmarks/cases/hrm-27m.yaml --peers  the paper's size, random weights\n\n"
         "The shipped model's engine is calibrated first if it has no certificate yet (see `sage-edge calibrate`).\n"
         "The report is written to benchmarks/results/ below the current folder, or to --output.",
     )  # fmt: skip
     parser.add_argument("engine", metavar="ENGINE", nargs="?", help=f"default: {REFERENCE_MODEL}")
     parser.add_argument("--case", metavar="YAML", type=Path, help="a case file (see benchmarks/cases)")
-    parser.add_argument("--suite", choices=("model", "slots"), default="model", help="what to measure (default: model)")
+    parser.add_argument("--suite", choices=("model", "slots", "irp"), default="model",
+                        help="what to measure (default: model)")  # fmt: skip
     parser.add_argument("--halt", metavar="POLICY", default="learned", help="for --suite slots (default: learned)")
     parser.add_argument("--peers", action="store_true", help="time the installed peers in the same run")
     parser.add_argument("--data", metavar="DIR", help="dataset for the accuracy (default: the model's own test split)")
@@ -43,6 +46,13 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all usable cores)")
     parser.add_argument("--plots", metavar="DIR", type=Path, help="write threshold.png, energy.png and steps.png there")
     parser.add_argument("--no-calibrate", action="store_true", help="do not calibrate an engine without a certificate")
+    parser.add_argument("--plugin", metavar="DIR|NAME", action="append", default=[],
+                        help="for --suite irp: only this one; may be repeated (default: all with a bench dataset)")  # fmt: skip
+    parser.add_argument("--plugins", metavar="DIR", type=Path, action="append", default=[],
+                        help="for --suite irp: look for plugins there too")  # fmt: skip
+    parser.add_argument("--section", choices=("plugins", "scheduler"), action="append",
+                        help="for --suite irp: only this section (default: both)")  # fmt: skip
+    parser.add_argument("--profile", default="balanced", help="for --suite irp: the scheduler's LRC profile")
     parser.add_argument("--output", metavar="JSON", type=Path, help="where to write the report")
 
 
@@ -50,8 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
     # Imported here: building parsers for other commands must not wait for onnx.
     from sage_edge.bench.suite import Case, run_case, run_slots_case
 
-    if arguments.suite == "slots" and arguments.peers:
-        raise InputError("--peers: the suite `slots` compares ways to use one engine; peers belong to --suite model")
+    if arguments.suite != "model" and arguments.peers:
+        raise InputError(
+            f"--peers: the suite `{arguments.suite}` compares ways to use an engine; peers belong to --suite model"
+        )
+    if arguments.suite == "irp":
+        return _run_irp(arguments)
     if arguments.case and (arguments.engine or arguments.data):
         raise InputError("--case names its own engine and data; give either a case or ENGINE and --data")
     case = load_yaml(arguments.case, Case) if arguments.case else _case(arguments)
@@ -65,17 +79,44 @@ def run(arguments: argparse.Namespace) -> int:
             report = run_slots_case(case, threads, arguments.halt, progress)
         else:
             report = run_case(case, threads, arguments.peers, progress, arguments.plots, not arguments.no_calibrate)
-    architecture = report["machine"]["architecture"]
-    commit = (report["commit"] or "release")[:10]
-    suffix = "" if arguments.suite == "model" else f"-{arguments.suite}"
-    path = arguments.output or Path("benchmarks/results") / f"{case.name}{suffix}-{architecture}-{commit}.json"
-    write_atomic(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    path = _write(report, case.name + ("" if arguments.suite == "model" else "-slots"), arguments.output)
     if arguments.json:
         print_json(report)
     else:
         (show_slots if arguments.suite == "slots" else show)(report)
         for plot in report.get("plots", []):
             print(f"plot: {plot}")
+        print(f"report: {path}")
+    return 0
+
+
+def _write(report: dict[str, Any], name: str, output: Path | None) -> Path:
+    commit = (report["commit"] or "release")[:10]
+    path = output or Path("benchmarks/results") / f"{name}-{report['machine']['architecture']}-{commit}.json"
+    write_atomic(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def _run_irp(arguments: argparse.Namespace) -> int:
+    from sage_edge.bench.irp import Options
+    from sage_edge.bench.suite import run_irp_suite
+    from sage_edge.cli.bench_irp import show_irp
+    from sage_edge.irp.profiles import find_profile
+
+    if arguments.engine or arguments.case or arguments.data or arguments.plots:
+        raise InputError(
+            "--suite irp measures plugins: ENGINE, --case, --data and --plots do not belong to it; give --plugin"
+        )
+    sections = tuple(dict.fromkeys(arguments.section or ("plugins", "scheduler")))
+    options = Options(tuple(arguments.plugin), tuple(arguments.plugins), arguments.examples, sections=sections,
+                      profile=find_profile(arguments.profile).name)  # fmt: skip
+    with _progress() as progress:
+        report = run_irp_suite(options, arguments.threads or usable_cores(), progress)
+    path = _write(report, "irp", arguments.output)
+    if arguments.json:
+        print_json(report)
+    else:
+        show_irp(report)
         print(f"report: {path}")
     return 0
 

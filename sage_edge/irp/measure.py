@@ -20,7 +20,7 @@ from sage_edge.irp.home import WORTH_FILE, make_home
 from sage_edge.irp.plugin import Examples, Plugin
 from sage_edge.irp.spec import BenchSpec
 from sage_edge.irp.traces import Steps, Traces
-from sage_edge.irp.worth import fitted, to_arrays
+from sage_edge.irp.worth import WorthTable, fitted, to_arrays
 
 Floats = npt.NDArray[np.float64]
 
@@ -105,13 +105,21 @@ def keep_calibration(plugin: Plugin[Any], recorded: Recorded) -> tuple[Certifica
     promise = Promise(spec.max_loss, spec.confidence, quality_loss(recorded, spec.unit))
     found = calibrated(plugin, recorded, promise)
     home = make_home(plugin)
-    worth = fitted(recorded.energies)
+    worth = worth_of(recorded)
     write_npz(home / WORTH_FILE, to_arrays(worth))
     certificate = certify(found, promise, PLUGIN_FAMILIES, engine=home, data_sha256=recorded.sha256, items=len(recorded),
                           max_steps=plugin.max_steps)  # fmt: skip
     path = save_certificate(home, certificate)
     plugin.certificate, plugin.worth = certificate, worth
     return certificate, path
+
+
+def worth_of(recorded: Recorded) -> WorthTable:
+    """What steps are worth, taught by the quality of these examples; by their energies where quality does not rise."""
+    gain = float(recorded.quality[:, -1].mean())
+    if gain <= 0:
+        return fitted(recorded.energies)
+    return fitted(recorded.energies, 1 - recorded.quality / gain)
 
 
 def digest(examples: Examples) -> str:

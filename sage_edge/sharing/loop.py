@@ -113,14 +113,22 @@ class _Flight:
         self.energies.append(float(row[0]))
 
 
+Rows = Mapping[int, Sequence[Sequence[float]]]
+
+
 class Recorder:
     """What the loop tells of itself, for `recording`; this one keeps nothing."""
 
-    def submitted(self, task: Task, observation: Observation, halt: str, entity_id: str) -> None: ...
+    def submitted(
+        self, task: Task, observation: Observation, halt: str, entity_id: str, deadline_ms: float | None
+    ) -> None:
+        """halt: the text of the whole policy."""
 
-    def ticked(self, decision: Decision, outcome: Outcome, results: Mapping[int, Result]) -> None: ...
+    def ticked(self, decision: Decision, outcome: Outcome, results: Mapping[int, Result], rows: Rows) -> None:
+        """rows: energy and signals after each step that was taken, by request."""
 
-    def cancelled(self, number: int) -> None: ...
+    def cancelled(self, number: int) -> None:
+        pass
 
 
 class Loop:
@@ -146,7 +154,7 @@ class Loop:
         self._flights: dict[int, _Flight] = {}
         self._next = 0
         self._lock = threading.RLock()
-        self.deciding_s = 0.0
+        self.deciding_s = 0.0  # CPU seconds of schedule and update
         self.ticks = 0
 
     def __enter__(self) -> Loop:
@@ -211,7 +219,7 @@ class Loop:
             trace = np.full((16, len(chosen.signals)), np.nan, np.float32)
             self._flights[task.id] = _Flight(ticket, chosen, held, policy, accepts, entity_id, now, trace)
             self._state, self._next = state, self._next + 1
-            self.recorder.submitted(task, observation, text, entity_id)
+            self.recorder.submitted(task, observation, str(policy), entity_id, deadline_ms)
             return ticket
 
     def cancel(self, ticket: Ticket) -> bool:
@@ -239,18 +247,18 @@ class Loop:
         with self._lock:
             if self.state.idle:
                 return Decision()
-            began = time.perf_counter()
+            began = time.thread_time()
             decision = scheduler.schedule(self.state, self.clock.now())
-            deciding = time.perf_counter() - began
+            deciding = time.thread_time() - began
             for number in decision.expire:
                 self._settle(number, RefusedError("deadline", "it passed before the first step"))
             results, contributions, answering = self._answer(decision)
-            outcome = self._step(decision, contributions, answering)
-            began = time.perf_counter()
+            outcome, rows = self._step(decision, contributions, answering)
+            began = time.thread_time()
             self._state = scheduler.update(self.state, decision, outcome)
-            self.deciding_s += deciding + time.perf_counter() - began
+            self.deciding_s += deciding + time.thread_time() - began
             self.ticks += 1
-            self.recorder.ticked(decision, outcome, results)
+            self.recorder.ticked(decision, outcome, results, rows)
             return decision
 
     def _answer(self, decision: Decision) -> tuple[dict[int, Result], dict[int, float], dict[str, float]]:
@@ -289,11 +297,14 @@ class Loop:
             spent=self._spent(flight), settled=settled,
         )  # fmt: skip
 
-    def _step(self, decision: Decision, contributions: Mapping[int, float], answering: Mapping[str, float]) -> Outcome:
+    def _step(
+        self, decision: Decision, contributions: Mapping[int, float], answering: Mapping[str, float]
+    ) -> tuple[Outcome, Rows]:
         """The granted steps, or as many as it takes until one of the requests is done."""
         flights = {number: self._flights[number] for number in decision.step if number in self._flights}
         started = finished = self.clock.now()
         energies: dict[int, list[float]] = {number: [] for number in flights}
+        gained: dict[int, list[list[float]]] = {number: [] for number in flights}
         halted: dict[int, str] = {}
         failed: set[int] = set()
         atp = 0.0
@@ -309,18 +320,20 @@ class Loop:
             for number, error in errors.items():
                 failed.add(number)
                 self._fail(number, "step", error)
-            for number in flights.keys() - failed:
+            for number in [number for number in flights if number not in failed]:
                 energy, reason = self._advanced(
                     flights[number], rows[number], began, finished, counted, used, len(flights)
                 )
                 energies[number].append(energy)
+                gained[number].append(rows[number])
                 if reason:
                     halted[number] = reason
             if failed or halted:
                 break
         reached = {number: tuple(path) for number, path in energies.items() if path}
-        return Outcome(started, finished, reached, halted, frozenset(failed), contributions, answering,
-                       None if self.settings.budget.unit == "ms" else atp)  # fmt: skip
+        used_atp = None if self.settings.budget.unit == "ms" else atp
+        outcome = Outcome(started, finished, reached, halted, frozenset(failed), contributions, answering, used_atp)
+        return outcome, gained
 
     def _refine(
         self, plugin: Plugin[Any], flights: Mapping[int, _Flight]
