@@ -154,8 +154,8 @@ def _agrees_with_quality(subject: Subject) -> str:
     assert plugin.spec.bench is not None
     try:
         examples = plugin.examples(plugin.spec.bench.calibration, 2 * SAMPLES)
-    except InputError:  # data that may not be passed on is not on every machine; `plugin calibrate` says what is missing
-        return ""
+    except InputError:
+        return ""  # data that may not be passed on is not on every machine; `plugin calibrate` says what is missing
     agree, pairs = 0.0, 0
     for observation, reference in zip(examples.observations, examples.references, strict=True):
         run, quality = Run(plugin, observation), []

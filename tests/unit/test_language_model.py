@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
+
+import torch
 
 from plugins_irp.language import train as training
 from plugins_irp.language.facts import MODEL, WEIGHTS, LanguageConfig, ModelFile
