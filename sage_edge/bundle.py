@@ -38,6 +38,19 @@ class Graphs:
     decode: GraphSpec
 
 
+def model_spec(graphs: Graphs, signals: tuple[str, ...], max_steps: int) -> ModelSpec:
+    """The contract of a model with these graphs: the carry is what refine puts out before `signals`."""
+    carried = len(graphs.refine.outputs) - 1
+    return ModelSpec(
+        observation=graphs.encode.inputs,
+        context=graphs.encode.outputs[:-carried],
+        carry=graphs.encode.outputs[-carried:],
+        prediction=graphs.decode.outputs,
+        signals=signals,
+        max_steps=max_steps,
+    )
+
+
 GRAPH_NAMES: tuple[Literal["encode", "refine", "decode"], ...] = ("encode", "refine", "decode")
 
 
@@ -173,17 +186,8 @@ class Bundle:
 
     @property
     def model(self) -> ModelSpec:
-        """The contract of the model, derived from the graphs: the carry is what refine puts out before `signals`."""
-        graphs = self.graphs
-        carried = len(graphs.refine.outputs) - 1
-        return ModelSpec(
-            observation=graphs.encode.inputs,
-            context=graphs.encode.outputs[:-carried],
-            carry=graphs.encode.outputs[-carried:],
-            prediction=graphs.decode.outputs,
-            signals=self.signals,
-            max_steps=self.max_steps,
-        )
+        """The contract of the model, derived from the graphs."""
+        return model_spec(self.graphs, self.signals, self.max_steps)
 
     def graph(self, name: Literal["encode", "refine", "decode"]) -> GraphSpec:
         return {"encode": self.graphs.encode, "refine": self.graphs.refine, "decode": self.graphs.decode}[name]

@@ -17,6 +17,8 @@ from sage_edge.bench import peers as peer_module
 from sage_edge.bench.ceiling import gemm_ceiling
 from sage_edge.bench.cold import cold_start
 from sage_edge.bench.header import header
+from sage_edge.bench.irp import Options as IrpOptions
+from sage_edge.bench.irp import run_irp
 from sage_edge.bench.slots import run_slots
 from sage_edge.bench.timing import Latency, interleave
 from sage_edge.bundle import BUNDLE_FILE
@@ -92,7 +94,7 @@ def run_case(
         data = _data(case)
         runner = open_engine(folder, threads)
         contestants = _peers(target, bundle, threads, progress) if with_peers else {}
-        report = _header(case, threads)
+        report = _header(case.name, threads)
         with ExitStack() as stack:
             session = stack.enter_context(Session(runner, load_certificate(folder)))
             sessions = {OURS: session}
@@ -143,15 +145,23 @@ def run_slots_case(case: Case, threads: int, halt: str, progress: Progress) -> R
     if data is None:
         raise InputError(f"{case.engine or case.name}: the suite `slots` needs examples with answers; give --data DIR")
     progress("build the engine", 0)
-    report = _header(case, threads)
+    report = _header(case.name, threads)
     with open_engine(engine_of(case.engine), threads) as runner:
         report["slots"] = run_slots(runner, data, halt, 5 * case.seconds, 3, threads, progress)
     report["seconds"] = time.perf_counter() - began
     return report
 
 
-def _header(case: Case, threads: int) -> Report:
-    return header(case.name, threads, {"onnxruntime": version("onnxruntime"), **peer_module.available()})
+def run_irp_suite(options: IrpOptions, threads: int, progress: Progress) -> Report:
+    """Measure the plugins and the scheduler that shares a device among them. Raises what opening plugins raises."""
+    began = time.perf_counter()
+    report = {**_header("irp", threads), **run_irp(options, progress)}
+    report["seconds"] = time.perf_counter() - began
+    return report
+
+
+def _header(name: str, threads: int) -> Report:
+    return header(name, threads, {"onnxruntime": version("onnxruntime"), **peer_module.available()})
 
 
 def _target(case: Case, temporary: Path) -> tuple[str, Path]:

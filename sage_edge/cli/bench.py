@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sage_edge.cli.bench_irp import show_irp
 from sage_edge.cli.bench_mailbox import show_mailbox
 from sage_edge.cli.evaluate import settled_line
 from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table, seconds
@@ -33,13 +34,15 @@ def add(subparsers: Subparsers) -> None:
         "                                                              under random arrivals (Poisson, open loop)\n"
         "  sage-edge bench --suite mailbox                             the mailbox beside iceoryx2, pyzmq, shared memory with\n"
         "                                                              a queue, and Unix sockets (sage-edge[mailbox-peers])\n"
+        "  sage-edge bench --suite irp                                 every IRP plugin: full, certified, oracle; and rules for\n"
+        "                                                              sharing one device (see docs/irp.md)\n"
         "  sage-edge bench --case benchmarks/cases/hrm-27m.yaml --peers  the paper's size, random weights\n\n"
         "The shipped model's engine is calibrated first if it has no certificate yet (see `sage-edge calibrate`).\n"
         "The report is written to benchmarks/results/ below the current folder, or to --output.",
     )  # fmt: skip
     parser.add_argument("engine", metavar="ENGINE", nargs="?", help=f"default: {REFERENCE_MODEL}")
     parser.add_argument("--case", metavar="YAML", type=Path, help="a case file (see benchmarks/cases)")
-    parser.add_argument("--suite", choices=("model", "slots", "mailbox"), default="model",
+    parser.add_argument("--suite", choices=("model", "slots", "mailbox", "irp"), default="model",
                         help="what to measure (default: model)")  # fmt: skip
     parser.add_argument("--halt", metavar="POLICY", default="learned", help="for --suite slots (default: learned)")
     parser.add_argument("--peers", action="store_true", help="time the installed peers in the same run")
@@ -56,11 +59,18 @@ def add(subparsers: Subparsers) -> None:
         default=0.5,
         help="for --suite mailbox: time for each transport in each row (default 0.5; about 2 minutes in all)",
     )
+    parser.add_argument("--plugin", metavar="DIR|NAME", action="append", default=[],
+                        help="for --suite irp: only this one; may be repeated (default: all with a bench dataset)")  # fmt: skip
+    parser.add_argument("--plugins", metavar="DIR", type=Path, action="append", default=[],
+                        help="for --suite irp: look for plugins there too")  # fmt: skip
+    parser.add_argument("--section", choices=("plugins", "scheduler"), action="append",
+                        help="for --suite irp: only this section (default: both)")  # fmt: skip
+    parser.add_argument("--profile", default="balanced", help="for --suite irp: the scheduler's LRC profile")
     parser.add_argument("--output", metavar="JSON", type=Path, help="where to write the report")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    report = _mailbox(arguments) if arguments.suite == "mailbox" else _model(arguments)
+    report = {"mailbox": _mailbox, "irp": _irp}.get(arguments.suite, _model)(arguments)
     architecture = report["machine"]["architecture"]
     commit = (report["commit"] or "release")[:10]
     suffix = "-slots" if arguments.suite == "slots" else ""
@@ -69,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(report)
     else:
-        {"slots": show_slots, "mailbox": show_mailbox, "model": show}[arguments.suite](report)
+        {"slots": show_slots, "mailbox": show_mailbox, "irp": show_irp, "model": show}[arguments.suite](report)
         for plot in report.get("plots", []):
             print(f"plot: {plot}")
         print(f"report: {path}")
@@ -90,8 +100,10 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     # Imported here: building parsers for other commands must not wait for onnx.
     from sage_edge.bench.suite import Case, run_case, run_slots_case
 
-    if arguments.suite == "slots" and arguments.peers:
-        raise InputError("--peers: the suite `slots` compares ways to use one engine; peers belong to --suite model")
+    if arguments.suite != "model" and arguments.peers:
+        raise InputError(
+            f"--peers: the suite `{arguments.suite}` compares ways to use an engine; peers belong to --suite model"
+        )
     if arguments.case and (arguments.engine or arguments.data):
         raise InputError("--case names its own engine and data; give either a case or ENGINE and --data")
     case = load_yaml(arguments.case, Case) if arguments.case else _case(arguments)
@@ -108,6 +120,22 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.suite == "slots":
             return run_slots_case(case, threads, arguments.halt, progress)
         return run_case(case, threads, arguments.peers, progress, arguments.plots, not arguments.no_calibrate)
+
+
+def _irp(arguments: argparse.Namespace) -> dict[str, Any]:
+    from sage_edge.bench.irp import Options
+    from sage_edge.bench.suite import run_irp_suite
+    from sage_edge.irp.profiles import find_profile
+
+    if arguments.engine or arguments.case or arguments.data or arguments.plots or arguments.peers:
+        raise InputError(
+            "--suite irp measures plugins: ENGINE, --case, --data, --plots and --peers do not belong to it; give --plugin"
+        )
+    sections = tuple(dict.fromkeys(arguments.section or ("plugins", "scheduler")))
+    options = Options(tuple(arguments.plugin), tuple(arguments.plugins), arguments.examples, sections=sections,
+                      profile=find_profile(arguments.profile).name)  # fmt: skip
+    with _progress() as progress:
+        return run_irp_suite(options, arguments.threads or usable_cores(), progress)
 
 
 def _case(arguments: argparse.Namespace) -> Any:
