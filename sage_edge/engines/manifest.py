@@ -12,22 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sage_edge.bundle import BUNDLE_FILE, Bundle, verify_files
+from sage_edge.bundle import BUNDLE_FILE, Bundle, GateResult, verify_files
 from sage_edge.config import load_yaml
 from sage_edge.engines.gpu_recipe import GpuRecipe
 from sage_edge.errors import InputError
+from sage_edge.specs import Precision
 
 FORMAT = "sage-edge-engine/1"
 MANIFEST_FILE = "manifest.yaml"
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """One finding of the gate as it was when the engine was built."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -38,7 +30,7 @@ class Manifest:
     format: Literal["sage-edge-engine/1"]
     name: str
     target: str
-    precision: Literal["fp32"]
+    precision: Precision | Literal["mixed"]
     slots: int
     threads: int
     bundle_sha256: str
@@ -47,6 +39,7 @@ class Manifest:
     files: dict[str, str]
     fused: dict[str, int]
     gate: tuple[GateResult, ...]
+    spin: bool = True
     key: str = ""
     gpu: GpuRecipe | None = None
     notes: tuple[str, ...] = ()
