@@ -216,5 +216,5 @@ def open_accelerated(
         except InputError as error:
             raise InputError(f"{folder}: {error}") from error
 
-    return DeviceRunner(bundle, recipe.slots, manifest.bundle_sha256, target.device(),
+    return DeviceRunner(bundle, recipe.slots, manifest.bundle_sha256, target.device(manifest.device),
                         target.programs(folder, bundle, recipe), recipe.options, recipe.shapes, admits)  # fmt: skip

@@ -44,7 +44,7 @@ class DeviceInfo:
     l2_bytes: second-level cache, None where unknown; integrated: shares its memory with the CPU, as on a Jetson.
     """
 
-    kind: Literal["null", "cuda"]
+    kind: Literal["host", "cuda"]
     name: str
     capability: tuple[int, int] | None
     memory_bytes: int

@@ -139,9 +139,11 @@ def _move(target: int, source: int | bytes, nbytes: int) -> None:
 
 
 class NullDevice(Device):
-    """memory_bytes: allocations beyond it raise OutOfMemoryError, as on a device of that size."""
+    """memory_bytes: allocations beyond it raise OutOfMemoryError, as on a device of that size. name: of the machine, for
+    engines that are made for its CPU."""
 
-    def __init__(self, memory_bytes: int = 1 << 40) -> None:
+    def __init__(self, memory_bytes: int = 1 << 40, name: str = "memory") -> None:
+        self.name = name
         self.memory_bytes = memory_bytes
         self.allocations = 0
         self._live: dict[int, NullMemory] = {}
@@ -158,7 +160,7 @@ class NullDevice(Device):
 
     @property
     def info(self) -> DeviceInfo:
-        return DeviceInfo("null", "host memory", None, self.memory_bytes, None, None, True, {})
+        return DeviceInfo("host", self.name, None, self.memory_bytes, None, None, True, {})
 
     def used_bytes(self) -> int:
         return sum(memory.nbytes for memory in self._live.values())

@@ -282,7 +282,8 @@ class DeviceRunner(Runner):
             slots.written = None
         execution = self._execution("refine", slots.count)
         addresses = slots.step_addresses(self._step_names, source)
-        if self._capturing and slots.graphs[source] is None and slots.warm[source] >= self.options.warmup:
+        wanted = self._capturing and not execution.captures_itself
+        if wanted and slots.graphs[source] is None and slots.warm[source] >= self.options.warmup:
             self._capture(slots, source, execution, addresses)
         graph = slots.graphs[source]
         if graph is not None:

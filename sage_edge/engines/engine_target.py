@@ -37,8 +37,8 @@ class EngineTarget(ABC):
         """Versions that an engine depends on; part of its cache key."""
 
     @abstractmethod
-    def device(self) -> Device:
-        """The device that the engine runs on, not open."""
+    def device(self, built_on: str | None = None) -> Device:
+        """The device that the engine runs on, not open; built_on: key of the device an engine was built for."""
 
     @abstractmethod
     def refuse_bundle(self, source: Path, bundle: Bundle) -> None:

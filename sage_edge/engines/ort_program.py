@@ -34,7 +34,7 @@ class OrtProgram(Program):
     def open(self, device: Device, stream: Stream) -> None:
         if self.session is not None:
             return
-        if device.info.kind == "null":
+        if device.info.kind == "host":
             self.session = open_session(self.path, self.threads, optimize=not self.optimized)
             return
         self.where = "cuda"
@@ -104,8 +104,8 @@ class OrtExecution(Execution):
             raise EngineError(f"{self.program.path.name}: ONNX Runtime failed: {text}") from error
 
 
-def _cuda_session(path: Path, stream: Stream) -> ort.InferenceSession:
-    """A session of the CUDA provider that works on `stream`. Raises MissingDependencyError, InputError."""
+def require_cuda_provider() -> None:
+    """Raise MissingDependencyError unless the installed ONNX Runtime has its CUDA provider."""
     import onnxruntime as ort
 
     if "CUDAExecutionProvider" not in ort.get_available_providers():
@@ -113,6 +113,13 @@ def _cuda_session(path: Path, stream: Stream) -> ort.InferenceSession:
             "target ort-cuda needs ONNX Runtime's CUDA provider: pip install onnxruntime-gpu in place of onnxruntime; the "
             f"installed one offers {', '.join(ort.get_available_providers())}"
         )
+
+
+def _cuda_session(path: Path, stream: Stream) -> ort.InferenceSession:
+    """A session of the CUDA provider that works on `stream`. Raises MissingDependencyError, InputError."""
+    import onnxruntime as ort
+
+    require_cuda_provider()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Without fallback: a session that quietly ran on the CPU would read device addresses as its own.

@@ -11,10 +11,12 @@ from sage_edge.engines.accelerator import Device, Stream
 class Execution(ABC):
     """A graph at one number of slots.
 
-    not_capturable: why its work must not be captured as a device graph; empty where it can be.
+    not_capturable: why its work must not be captured as a device graph; empty where it can be. captures_itself: it makes
+    device graphs of its own, and nobody else should.
     """
 
     not_capturable: str = ""
+    captures_itself: bool = False
 
     @abstractmethod
     def enqueue(self, stream: Stream, addresses: Mapping[str, int]) -> None:

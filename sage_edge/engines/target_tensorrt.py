@@ -42,7 +42,7 @@ class TensorRTTarget(EngineTarget):
     def versions(self) -> dict[str, str]:
         return {"tensorrt": require("an engine of TensorRT")}
 
-    def device(self) -> Device:
+    def device(self, built_on: str | None = None) -> Device:
         return CudaDevice()
 
     def refuse_bundle(self, source: Path, bundle: Bundle) -> None:
