@@ -1,19 +1,19 @@
 """The table of ports: ports.yaml, and the spec that both sides of a port must agree on.
 
-    ports:
-      camera:
-        kind: focus
-        dtype: uint8
-        shape: [480, 640, 3]       # null for an axis of any length: then max_bytes says how much room a slot has
-        depth: 4                   # slots: loaned, waiting and held together
-        policy: drop-oldest        # block | drop-oldest | drop-lowest-trust | refuse
-        per_producer: 3            # most slots loaned or waiting for one producer
-        ttl_ms: 200                # older items are dropped, counted as stale
-      salience:
-        kind: broadcast
-        depth: 64                  # newest records kept of each producer
-        producers: 8               # most producers at a time
-        fields: {tile: uint16, score: float32, snarc: "(5,)float32"}
+ports:
+  camera:
+    kind: focus
+    dtype: uint8
+    shape: [480, 640, 3]       # null for an axis of any length: then max_bytes says how much room a slot has
+    depth: 4                   # slots: loaned, waiting and held together
+    policy: drop-oldest        # block | drop-oldest | drop-lowest-trust | refuse
+    per_producer: 3            # most slots loaned or waiting for one producer
+    ttl_ms: 200                # older items are dropped, counted as stale
+  salience:
+    kind: broadcast
+    depth: 64                  # newest records kept of each producer
+    producers: 8               # most producers at a time
+    fields: {tile: uint16, score: float32, snarc: "(5,)float32"}
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class PortSpec:
         if self.dtype is not None and np_dtype("dtype", self.dtype).name not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {self.dtype!r}")
         if self.shape is not None and (len(self.shape) > MAX_NDIM or any(n is not None and n < 1 for n in self.shape)):
-            raise ValueError(f"shape: expected at most {MAX_NDIM} axes of 1 or more (null: any), found {list(self.shape)}")
+            raise ValueError(
+                f"shape: expected at most {MAX_NDIM} axes of 1 or more (null: any), found {list(self.shape)}"
+            )
         if self.per_producer and not 1 <= self.per_producer <= self.depth:
             raise ValueError(f"per_producer: expected 0 (no cap) or 1..depth ({self.depth}), found {self.per_producer}")
         if self.ttl_ms is not None and not 0.001 <= self.ttl_ms <= 4_294_967:
