@@ -162,5 +162,3 @@ class Countdown(Plugin[Count]):
 
     def quality(self, result: Result, reference: Any) -> float:
         return float(result["done"]) / float(reference)
-
-

@@ -55,13 +55,15 @@ class FileRecorder(Recorder):
         """Write the header. Raises InputError for a budget in millijoules, whose sensor readings are not recorded."""
         if loop.settings.budget.unit != "ms":
             raise InputError("recording: a budget in millijoules cannot be replayed; record with unit ms")
-        self.clock.taken()
         self._write({
             "event": "header", "format": FORMAT, "settings": asdict(loop.settings), "epoch": loop.clock.epoch,
             "plugins": {name: _account(loop.state, name, plugin) for name, plugin in loop.plugins.items()},
             "versions": {"sage-edge": __version__, "numpy": version("numpy"), "onnxruntime": version("onnxruntime")},
             "machine": machine().key,
         })  # fmt: skip
+
+    def starting(self) -> None:
+        self.clock.taken()  # what others read of this clock meanwhile is not the loop's
 
     def submitted(
         self, task: Task, observation: Observation, halt: str, entity_id: str, deadline_ms: float | None

@@ -103,6 +103,16 @@ class _Seen(Recorder):
         self.facts = json.loads(json.dumps(tick_facts(decision, outcome, results)))
 
 
+def plugin_names(header: Event) -> dict[str, str]:
+    """The plugin's own name for each name that a recording knows a plugin by. Raises InputError for a header of nonsense."""
+    try:
+        return {
+            name: parse_yaml(facts["spec"], PluginSpec, "recording").name for name, facts in header["plugins"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"recording: its header makes no sense: {type(error).__name__}: {error}") from error
+
+
 def replay(header: Event, events: Sequence[Event], plugins: Mapping[str, Plugin[Any]] | None) -> Replayed:
     """Go through a recording.
 
