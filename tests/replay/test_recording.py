@@ -186,7 +186,8 @@ def test_a_file_that_was_touched_is_refused(
 
 def test_a_recording_whose_content_makes_no_sense_is_refused(recording: Path) -> None:
     header, events = read_recording(recording)
-    for damage in ({"settings": {}}, {"plugins": {"count": {}}}, {"epoch": "x"}):
+    damages: list[Event] = [{"settings": {}}, {"plugins": {"count": {}}}, {"epoch": "x"}]
+    for damage in damages:
         with pytest.raises(InputError, match="makes no sense|missing"):
             replay({**header, **damage}, events, plugins())
 

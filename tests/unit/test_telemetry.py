@@ -67,7 +67,7 @@ def test_what_the_issue_asks_for_is_there() -> None:
 
 
 numbers = st.integers(-3, 3) | st.floats(allow_nan=False)
-junk = st.none() | st.booleans() | numbers | st.text(max_size=3) | st.just({}) | st.just([])
+junk: st.SearchStrategy[Any] = st.none() | st.booleans() | numbers | st.text(max_size=3) | st.just({}) | st.just([])
 
 
 @given(moments(), st.data())
