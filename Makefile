@@ -5,8 +5,9 @@ PYTHON ?= python3
 # gigabytes of CUDA libraries; a CPU build that is installed in $(VENV) beforehand is kept.
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
+NATIVE_PYTHON ?= $(BIN)/python
 
-.PHONY: bench test lint clean
+.PHONY: bench test lint native clean
 bench: $(VENV)/.installed
 	$(BIN)/sage-edge bench
 
@@ -17,6 +18,14 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The compiled core in place, for a source tree that is imported as it lies (PYTHONPATH) rather than installed:
+# builds sage_edge/mailbox/_native*.so, which git and wheels leave out. Again after a change under mailbox/.
+native:
+	$(NATIVE_PYTHON) -m nanobind --cmake_dir > /dev/null || $(NATIVE_PYTHON) -m pip install --quiet "nanobind>=2.2" "numpy>=2" "cmake>=3.18" ninja
+	PATH="$(dir $(NATIVE_PYTHON)):$$PATH" cmake -S . -B build/native -G Ninja -DPython_EXECUTABLE=$(NATIVE_PYTHON) > /dev/null
+	PATH="$(dir $(NATIVE_PYTHON)):$$PATH" cmake --build build/native
+	cp build/native/_native*.so sage_edge/mailbox/
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -15,6 +15,7 @@ from sage_edge.errors import InputError
 SLOTS = "slots"  # the symbolic first axis of every tensor
 
 Array = npt.NDArray[Any]
+Precision = Literal["fp32", "fp16", "int8", "fp8"]
 Family = Literal["hrm-act-v1", "hrm-bidirectional"]
 DType = Literal["float32", "float16", "int32", "int64", "uint8"]
 

@@ -31,6 +31,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sage_edge.export.hrm import HRM
+from sage_edge.export.layers import Block
 from sage_edge.export.learning_curve import keep_until, plot
 from sage_edge.specs import HRMConfig
 
@@ -94,17 +95,33 @@ def to_tokens(grid: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(grid.astype(np.int32) + 1)
 
 
-def initial_positions(config: HRMConfig) -> Tensor:
-    """Row + column + box vectors [1 + 81, hidden], so that the three kinds of unit are visible from the first step."""
+@torch.no_grad()
+def see_units(model: HRM) -> None:
+    """Initial weights by which heads 0, 1 and 2 of every layer look at a cell's row, column and box.
 
-    def table() -> Tensor:
-        return torch.randn(9, config.hidden_size)
-
-    row, column, box = table(), table(), table()
+    Positions are row + column + box vectors, each kind in the dimensions of one head, tokens in those that are left; the
+    query and key maps of these heads begin as the identity on them. Everything is trained from there.
+    """
+    config = model.config
+    width = config.hidden_size // config.num_heads
     cell = torch.arange(81)
-    r, c = cell // 9, cell % 9
-    grid = (row[r] + column[c] + box[r // 3 * 3 + c // 3]) / (3 * config.hidden_size) ** 0.5
-    return torch.cat((torch.zeros(config.prefix, config.hidden_size), grid))
+    row, column = cell // 9, cell % 9
+    positions = torch.zeros(81, config.hidden_size)
+    for head, unit in enumerate((row, column, row // 3 * 3 + column // 3)):
+        vectors = torch.linalg.qr(torch.randn(width, 9)).Q.T / 3**0.5
+        positions[:, head * width : (head + 1) * width] = vectors[unit]
+    model.embed_pos.embedding_weight[: config.prefix] = 0
+    model.embed_pos.embedding_weight[config.prefix :] = positions
+    model.embed_tokens.embedding_weight[:, : 3 * width] = 0
+    model.embed_tokens.embedding_weight[:, 3 * width :] *= (
+        config.hidden_size / (config.hidden_size - 3 * width)
+    ) ** 0.5
+    for level in (model.H_level, model.L_level):
+        for layer in level.layers:
+            assert isinstance(layer, Block)
+            weight = layer.self_attn.qkv_proj.weight
+            for start in (0, config.hidden_size):  # queries, then keys
+                weight[start : start + 3 * width] = torch.eye(3 * width, config.hidden_size)
 
 
 class Ema:
@@ -142,8 +159,7 @@ class Trainer:
             CONFIG, hidden_size=args.hidden, num_heads=args.heads, puzzle_emb_ndim=args.hidden
         )
         self.model = HRM(self.config)
-        with torch.no_grad():
-            self.model.embed_pos.embedding_weight.copy_(initial_positions(self.config))
+        see_units(self.model)
         self.model.to(self.device)
         self.data = Puzzles(args.data / "train.npz", args.seed)
         matrices = [p for n, p in self.model.named_parameters() if "_level." in n]
@@ -317,12 +333,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder written by generate.py")
     parser.add_argument("--run", type=Path, required=True, help="folder for the state, the log and the model")
     parser.add_argument("--init", type=Path, help="start from these weights: a model folder or an original checkpoint")
-    parser.add_argument("--steps", type=int, default=8000, help="optimiser steps in all")
-    parser.add_argument("--decay", type=float, default=0.35, help="last fraction of the run with falling learning rate")
-    parser.add_argument("--single-cycle-until", type=int, default=4000, help="train with one H cycle up to this step")
-    parser.add_argument("--ramp", type=int, default=3000, help="step from which on the hardest puzzles are drawn too")
+    parser.add_argument("--steps", type=int, default=2800, help="optimiser steps in all")
+    parser.add_argument("--decay", type=float, default=0.45, help="last fraction of the run with falling learning rate")
+    parser.add_argument("--single-cycle-until", type=int, default=1200, help="train with one H cycle up to this step")
+    parser.add_argument("--ramp", type=int, default=1500, help="step from which on the hardest puzzles are drawn too")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights; less for short runs")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)

@@ -54,7 +54,7 @@ class Options:
     timed: int = 24
     sections: tuple[str, ...] = ("plugins", "scheduler")
     seconds: float = 2.0
-    seeds: int = 6
+    seeds: int = 8
     real_s: float = 6.0
     profile: str = "balanced"
 

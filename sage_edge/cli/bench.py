@@ -6,11 +6,14 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sage_edge.cli.bench_irp import show_irp
+from sage_edge.cli.bench_mailbox import show_mailbox
 from sage_edge.cli.evaluate import settled_line
-from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table
+from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table, seconds
 from sage_edge.config import load_yaml
 from sage_edge.device import usable_cores
 from sage_edge.errors import InputError
@@ -29,6 +32,8 @@ def add(subparsers: Subparsers) -> None:
         "  sage-edge bench --peers                                     beside PyTorch and OpenVINO (sage-edge[peers])\n"
         "  sage-edge bench --suite slots                               slot refill against static batches, and latency\n"
         "                                                              under random arrivals (Poisson, open loop)\n"
+        "  sage-edge bench --suite mailbox                             the mailbox beside iceoryx2, pyzmq, shared memory with\n"
+        "                                                              a queue, and Unix sockets (sage-edge[mailbox-peers])\n"
         "  sage-edge bench --suite irp                                 every IRP plugin: full, certified, oracle; and rules for\n"
         "                                                              sharing one device (see docs/irp.md)\n"
         "  sage-edge bench --case benchmarks/cases/hrm-27m.yaml --peers  the paper's size, random weights\n\n"
@@ -37,15 +42,23 @@ def add(subparsers: Subparsers) -> None:
     )  # fmt: skip
     parser.add_argument("engine", metavar="ENGINE", nargs="?", help=f"default: {REFERENCE_MODEL}")
     parser.add_argument("--case", metavar="YAML", type=Path, help="a case file (see benchmarks/cases)")
-    parser.add_argument("--suite", choices=("model", "slots", "irp"), default="model",
+    parser.add_argument("--suite", choices=("model", "slots", "mailbox", "irp"), default="model",
                         help="what to measure (default: model)")  # fmt: skip
     parser.add_argument("--halt", metavar="POLICY", default="learned", help="for --suite slots (default: learned)")
     parser.add_argument("--peers", action="store_true", help="time the installed peers in the same run")
+    parser.add_argument("--int8", action="store_true",
+                        help="the int8 engine beside the fp32 one (made first where it is missing: minutes, once)")  # fmt: skip
     parser.add_argument("--data", metavar="DIR", help="dataset for the accuracy (default: the model's own test split)")
     parser.add_argument("--examples", metavar="N", type=positive, help="how many of it (default 512)")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all usable cores)")
     parser.add_argument("--plots", metavar="DIR", type=Path, help="write threshold.png, energy.png and steps.png there")
     parser.add_argument("--no-calibrate", action="store_true", help="do not calibrate an engine without a certificate")
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        default=0.5,
+        help="for --suite mailbox: time for each transport in each row (default 0.5; about 2 minutes in all)",
+    )
     parser.add_argument("--plugin", metavar="DIR|NAME", action="append", default=[],
                         help="for --suite irp: only this one; may be repeated (default: all with a bench dataset)")  # fmt: skip
     parser.add_argument("--plugins", metavar="DIR", type=Path, action="append", default=[],
@@ -57,6 +70,33 @@ def add(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    report = {"mailbox": _mailbox, "irp": _irp}.get(arguments.suite, _model)(arguments)
+    architecture = report["machine"]["architecture"]
+    commit = (report["commit"] or "release")[:10]
+    suffix = "-slots" if arguments.suite == "slots" else ""
+    path = arguments.output or Path("benchmarks/results") / f"{report['case']}{suffix}-{architecture}-{commit}.json"
+    write_atomic(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    if arguments.json:
+        print_json(report)
+    else:
+        {"slots": show_slots, "mailbox": show_mailbox, "irp": show_irp, "model": show}[arguments.suite](report)
+        for plot in report.get("plots", []):
+            print(f"plot: {plot}")
+        print(f"report: {path}")
+    return 0
+
+
+def _mailbox(arguments: argparse.Namespace) -> dict[str, Any]:
+    from sage_edge.bench.mailbox import run_mailbox
+
+    for name in ("engine", "case", "data", "examples", "threads", "plots", "peers"):
+        if getattr(arguments, name):
+            raise InputError(f"--suite mailbox measures no model; leave {name} out (its peers run whenever installed)")
+    with _progress() as progress:
+        return run_mailbox(arguments.seconds, progress)
+
+
+def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     # Imported here: building parsers for other commands must not wait for onnx.
     from sage_edge.bench.suite import Case, run_case, run_slots_case
 
@@ -64,61 +104,38 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(
             f"--peers: the suite `{arguments.suite}` compares ways to use an engine; peers belong to --suite model"
         )
-    if arguments.suite == "irp":
-        return _run_irp(arguments)
     if arguments.case and (arguments.engine or arguments.data):
         raise InputError("--case names its own engine and data; give either a case or ENGINE and --data")
     case = load_yaml(arguments.case, Case) if arguments.case else _case(arguments)
     if arguments.examples:
-        from dataclasses import replace
-
         case = replace(case, examples=arguments.examples)
+    if arguments.int8:
+        if arguments.suite == "slots":
+            raise InputError(
+                "--int8: the suite `slots` compares ways to use one engine; give it the int8 engine itself"
+            )
+        case = replace(case, precisions=("fp32", "int8"))
     threads = arguments.threads or usable_cores()
     with _progress() as progress:
         if arguments.suite == "slots":
-            report = run_slots_case(case, threads, arguments.halt, progress)
-        else:
-            report = run_case(case, threads, arguments.peers, progress, arguments.plots, not arguments.no_calibrate)
-    path = _write(report, case.name + ("" if arguments.suite == "model" else "-slots"), arguments.output)
-    if arguments.json:
-        print_json(report)
-    else:
-        (show_slots if arguments.suite == "slots" else show)(report)
-        for plot in report.get("plots", []):
-            print(f"plot: {plot}")
-        print(f"report: {path}")
-    return 0
+            return run_slots_case(case, threads, arguments.halt, progress)
+        return run_case(case, threads, arguments.peers, progress, arguments.plots, not arguments.no_calibrate)
 
 
-def _write(report: dict[str, Any], name: str, output: Path | None) -> Path:
-    commit = (report["commit"] or "release")[:10]
-    path = output or Path("benchmarks/results") / f"{name}-{report['machine']['architecture']}-{commit}.json"
-    write_atomic(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
-    return path
-
-
-def _run_irp(arguments: argparse.Namespace) -> int:
+def _irp(arguments: argparse.Namespace) -> dict[str, Any]:
     from sage_edge.bench.irp import Options
     from sage_edge.bench.suite import run_irp_suite
-    from sage_edge.cli.bench_irp import show_irp
     from sage_edge.irp.profiles import find_profile
 
-    if arguments.engine or arguments.case or arguments.data or arguments.plots:
+    if arguments.engine or arguments.case or arguments.data or arguments.plots or arguments.peers:
         raise InputError(
-            "--suite irp measures plugins: ENGINE, --case, --data and --plots do not belong to it; give --plugin"
+            "--suite irp measures plugins: ENGINE, --case, --data, --plots and --peers do not belong to it; give --plugin"
         )
     sections = tuple(dict.fromkeys(arguments.section or ("plugins", "scheduler")))
     options = Options(tuple(arguments.plugin), tuple(arguments.plugins), arguments.examples, sections=sections,
                       profile=find_profile(arguments.profile).name)  # fmt: skip
     with _progress() as progress:
-        report = run_irp_suite(options, arguments.threads or usable_cores(), progress)
-    path = _write(report, "irp", arguments.output)
-    if arguments.json:
-        print_json(report)
-    else:
-        show_irp(report)
-        print(f"report: {path}")
-    return 0
+        return run_irp_suite(options, arguments.threads or usable_cores(), progress)
 
 
 def _case(arguments: argparse.Namespace) -> Any:
@@ -164,10 +181,10 @@ def show(report: dict[str, Any]) -> None:
             fraction = entry["fraction_of_ceiling"] if name == "sage-edge" else None
             rows.append((entry["batch"], name, f"{latency['p50_ms']:.2f}", f"{latency['p95_ms']:.2f}",
                          f"{latency['p99_ms']:.2f}", f"{entry['times_ours'][name]:.2f}×",
+                         f"{entry['times_eager'][name]:.3f}×" if entry["times_eager"] else None,
                          f"{fraction:.0%}" if fraction else None))  # fmt: skip
-    print_table(
-        "one refinement step, ms", ("batch", "engine", "p50", "p95", "p99", "time / ours", "of GEMM ceiling"), rows
-    )
+    columns = ("batch", "engine", "p50", "p95", "p99", "time / ours", "time / eager", "of GEMM ceiling")
+    print_table("one refinement step, ms", columns, rows)
     rows = [(a["batch"], a["engine"], a["policy"], f"{a['mean_steps']:.2f}", f"{a['latency']['p50_ms']:.1f}",
              f"{a['latency']['p95_ms']:.1f}", f"{a['latency']['p99_ms']:.1f}", f"{a['answers_per_s']:.1f}")
             for a in report["answers"]]  # fmt: skip
@@ -177,20 +194,22 @@ def show(report: dict[str, Any]) -> None:
     print(
         f"fresh process: first answer after {cold['first_answer_s']:.2f} s (median of {cold['runs']}), peak RSS {memory}\n"
     )
-    if "accuracy" in report:
-        accuracy = report["accuracy"]
+    for title, part in (("", report), ("int8: ", report.get("int8", {}))):
+        if "accuracy" not in part:
+            continue
+        accuracy = part["accuracy"]
         rows = [(p["policy"], f"{p['exact_accuracy']:.4f}", f"{p['standard_error']:.4f}", f"{p['points_lost']:+.2f}",
                  f"{p['mean_steps']:.2f}", f"{p['steps_saved']:.0%}") for p in accuracy["policies"]]  # fmt: skip
-        print_table(f"what halting early saved and cost, {accuracy['examples']} held-out examples",
+        print_table(f"{title}what halting early saved and cost, {accuracy['examples']} held-out examples",
                     ("halting", "exact", "± s.e.", "points lost", "mean steps", "steps saved"), rows)  # fmt: skip
         if accuracy["settled"]:
             print(settled_line(accuracy["settled"]))
-        if certificate := report["certificate"]:
+        if certificate := part["certificate"]:
             print(f"certified: mean {certificate['loss']} at most {certificate['max_loss']:g} with confidence "
                   f"{certificate['confidence']:g}, from {certificate['items_total']} calibration items; each family's promise "
                   "is for itself")  # fmt: skip
-        elif report.get("not_calibrated"):
-            print(f"no certified policy: {report['not_calibrated']}")
+        elif part.get("not_calibrated"):
+            print(f"no certified policy: {part['not_calibrated']}")
 
 
 def show_slots(report: dict[str, Any]) -> None:

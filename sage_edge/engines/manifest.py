@@ -12,21 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sage_edge.bundle import BUNDLE_FILE, Bundle, verify_files
+from sage_edge.bundle import BUNDLE_FILE, Bundle, GateResult, verify_files
 from sage_edge.config import load_yaml
 from sage_edge.errors import InputError
 
 FORMAT = "sage-edge-engine/1"
 MANIFEST_FILE = "manifest.yaml"
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """One finding of the gate as it was when the engine was built."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,7 @@ class Manifest:
     format: Literal["sage-edge-engine/1"]
     name: str
     target: Literal["cpu"]
-    precision: Literal["fp32"]
+    precision: Literal["fp32", "int8"]
     slots: int
     threads: int
     bundle_sha256: str
@@ -45,6 +36,7 @@ class Manifest:
     files: dict[str, str]
     fused: dict[str, int]
     gate: tuple[GateResult, ...]
+    spin: bool = True
 
 
 def load_manifest(folder: Path) -> tuple[Manifest, Bundle]:

@@ -59,11 +59,14 @@ def open_session(path: Path, threads: int, optimize: bool, spin: bool = True) ->
 class OrtRunner(Runner):
     """Runs the three graphs of `folder` (encode.onnx, refine.onnx, decode.onnx)."""
 
-    def __init__(self, folder: Path, model: ModelSpec, slots: int, threads: int, optimized: bool, digest: str) -> None:
+    def __init__(
+        self, folder: Path, model: ModelSpec, slots: int, threads: int, optimized: bool, digest: str, spin: bool = True
+    ) -> None:  # fmt: skip
         super().__init__(model, slots, digest)
         self.folder = folder
         self.threads = threads
         self.optimized = optimized
+        self.spin = spin
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._spare: dict[int, Buffers] = {}  # by number of slots: `select` swaps between sizes at every other tick
         self._staging: dict[int, Buffers] = {}
@@ -73,7 +76,7 @@ class OrtRunner(Runner):
             path = self.folder / f"{name}.onnx"
             # Each session has threads of its own. Were those of encode and decode to spin after their run, they would
             # take the cores from the steps that follow.
-            spin = name == "refine"
+            spin = self.spin and name == "refine"
             self._sessions[name] = open_session(path, self.threads, not self.optimized, spin)
         self._new_carry = [o.name for o in self._sessions["refine"].get_outputs()]
         self._decode_inputs = [i.name for i in self._sessions["decode"].get_inputs()]

@@ -188,7 +188,7 @@ def schedule(state: SharingState, now: float) -> Decision:
     assert state.period is not None
     budget = state.settings.budget
     left = budget.total - sum(account.spent for account in state.accounts.values())
-    if left <= 0:
+    if left <= 1e-6 * budget.total:  # sums of floats miss zero by a little
         dues = (task.deadline for task in going if task.deadline is not None)
         return replace(done, until=min((*dues, state.period + budget.period_ms / 1e3)))
     guarded = state.settings.rule == "worth"  # the other rules stand for what is usual, without our guarantees
@@ -247,7 +247,8 @@ def _rolled(state: SharingState, now: float) -> SharingState:
     amount = max(budget.total * state.settings.profile.reserved, min(budget.total, least * len(trust)))
     promised = shares(trust, amount, least)
     accounts = {name: replace(a, left=promised[name], spent=0.0) for name, a in state.accounts.items()}
-    start = now if state.period is None else state.period + length * ((now - state.period) // length)
+    # At least one period on: the quotient may come out a rounding error below a whole number.
+    start = now if state.period is None else state.period + length * max(1, int((now - state.period) / length))
     return replace(state, accounts=accounts, period=start, rescued=0.0)
 
 
