@@ -405,7 +405,7 @@ def test_every_cuda_name_exists_in_the_official_bindings() -> None:
         and node.args and isinstance(node.args[0], ast.Constant)
     }  # fmt: skip
     attributes = {
-        f"CU_DEVICE_ATTRIBUTE_{node.args[0].value}"
+        f"CU_DEVICE_ATTRIBUTE_{node.args[0].value!s}"
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "_attribute"
         and isinstance(node.args[0], ast.Constant)
