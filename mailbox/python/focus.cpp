@@ -225,6 +225,14 @@ nb::object SlotHandle::array(bool writable) {
   return nb::borrow(arrays_.array);
 }
 
+nb::object SlotHandle::host_array(bool writable) {
+  if (require_active("array").device_type == kDeviceMemory) {
+    raise(errors.input, "port %s: the tensor lies in the memory of a device, which the CPU cannot read; use __dlpack__ or "
+          "__cuda_array_interface__", port_->name.c_str());
+  }
+  return array(writable);
+}
+
 nb::object SlotHandle::dlpack(bool writable, nb::handle stream, nb::handle max_version, nb::handle dl_device, nb::handle copy) {
   FocusHandle& port = require_active("__dlpack__");
   return python::dlpack(array(writable), descriptor, port.payload(slot), !writable, stream, max_version, dl_device, copy);
@@ -334,7 +342,7 @@ void bind_focus(nb::module_& m) {
   using nb::arg;
   const auto none = nb::none();
   nb::class_<Loan>(m, "Loan")
-      .def_prop_ro("array", [](Loan& l) { return l.array(true); })
+      .def_prop_ro("array", [](Loan& l) { return l.host_array(true); })
       .def("send", &Loan::send, arg("view") = none, nb::kw_only(), arg("tag") = 0, arg("trust") = none, arg("captured_ns") = none,
            arg("ttl_ms") = none, arg("event") = 0)
       .def("cancel", &Loan::cancel)
@@ -349,7 +357,7 @@ void bind_focus(nb::module_& m) {
       .def("__dlpack_device__", [](Loan& l) { return nb::make_tuple(int{l.descriptor.device_type}, int{l.descriptor.device}); })
       .def_prop_ro("__cuda_array_interface__", [](Loan& l) { return l.cuda_interface(true); });
   nb::class_<Item>(m, "Item")
-      .def_prop_ro("array", [](Item& i) { return i.array(false); })
+      .def_prop_ro("array", [](Item& i) { return i.host_array(false); })
       .def("release", &Item::release)
       .def_ro("slot", &Item::slot)
       .def_ro("producer", &Item::producer)

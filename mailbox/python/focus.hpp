@@ -15,6 +15,8 @@ struct ArrayPair {
   }
 };
 
+constexpr std::uint8_t kDeviceMemory = 2;  // DLPack's kDLCUDA
+
 class FocusHandle {
  public:
   explicit FocusHandle(nb::dict arguments);
@@ -30,6 +32,7 @@ class FocusHandle {
 
   // Loans, items and views that still refer to the mapping. It goes with the last of them.
   void pin() { ++pins_; }
+  bool pinned() const { return pins_ != 0; }
   void unpin() {
     if (--pins_ == 0 && closed_) shut();
   }
@@ -89,6 +92,7 @@ class SlotHandle {
   bool active() const { return port_ != nullptr; }
   std::uint64_t generation() const { return descriptor.id >> 16; }
   nb::object array(bool writable);
+  nb::object host_array(bool writable);  // what Python may touch: InputError where the CPU cannot read
   nb::object dlpack(bool writable, nb::handle stream, nb::handle max_version, nb::handle dl_device, nb::handle copy);
   nb::dict cuda_interface(bool writable);
 

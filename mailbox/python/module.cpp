@@ -4,6 +4,7 @@
 
 namespace sage_edge::mailbox::python {
 
+void bind_device(nb::module_& m);
 void bind_observer(nb::module_& m);
 
 namespace {
@@ -46,6 +47,7 @@ NB_MODULE(_native, m) {
   bind_focus(m);
   bind_broadcast(m);
   bind_observer(m);
+  bind_device(m);
   m.def("layout", &layout);
   m.def("latency_bucket", &latency_bucket, nb::arg("ns"));
   m.attr("VERSION") = kVersion;

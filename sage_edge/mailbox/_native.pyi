@@ -188,3 +188,21 @@ def is_dead(identity: int) -> bool: ...
 def own_identity() -> int: ...
 def latency_bucket(ns: int) -> int: ...
 def layout() -> dict[str, tuple[int, int]]: ...
+
+# --- for memory kinds and device code (mailbox/python/device.cpp)
+
+def mapping(port: FocusPort | BroadcastPort) -> tuple[int, int, int, int, int, int]:
+    """(address, bytes, payload_offset, participant, identity, created_ns) of an open port."""
+
+def participant(port: FocusPort, index: int) -> tuple[int, int]:
+    """(identity, opened_ns) of an entry; identity 0: nobody."""
+
+def pinned(port: FocusPort) -> bool:
+    """Do loans, items or their views still refer to the mapping?"""
+
+def place(port: FocusPort, *, payload: int, device_base: int, device_type: int, device: int) -> None:
+    """Say where payloads lie: `payload` is the address of slot 0, 0 to leave them in the file; `device_base` is where a device
+    sees the mapping, 0 when the payload's address is the device's own. device_type, device: DLPack's."""
+
+def signal(port: FocusPort | BroadcastPort) -> None:
+    """Wake whoever waits at the port, as after a change."""

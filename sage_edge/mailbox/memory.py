@@ -49,7 +49,11 @@ class SharedMemory:
 
 
 # name → module:class; a module is imported only when its kind is asked for
-KINDS: dict[str, str] = {"shm": "sage_edge.mailbox.memory:SharedMemory"}
+KINDS: dict[str, str] = {
+    "shm": "sage_edge.mailbox.memory:SharedMemory",
+    "shm+cuda": "sage_edge.mailbox.devices:RegisteredMemory",
+    "vmm": "sage_edge.mailbox.devices:VmmMemory",
+}
 
 
 def memory_kind(name: str) -> MemoryKind:

@@ -112,7 +112,7 @@ class Mailbox:
             except MismatchError:
                 os.unlink(name, dir_fd=directory)
             for leftover in os.listdir(directory):
-                if leftover.startswith(f".wait.{name}."):
+                if leftover.startswith((f".wait.{name}.", f".exchange.{name}@")):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(leftover, dir_fd=directory)
 
