@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +49,15 @@ def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["SAGE_EDGE_CACHE"]
     else:
         os.environ["SAGE_EDGE_CACHE"] = before
+
+
+@pytest.fixture
+def mailbox_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A private place in shared memory for the ports of one test, removed afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="sage-edge-test-", dir="/dev/shm"))
+    monkeypatch.setenv("SAGE_EDGE_SHM", str(path))
+    yield path
+    shutil.rmtree(path)
 
 
 def tiny_hrm(config: HRMConfig = TINY) -> HRM:

@@ -93,8 +93,9 @@ class Mailbox:
 
     def view(self, name: str) -> PortView:
         """A read-only look at a port: statistics and tap from one mapping. Raises InputError, MismatchError."""
+        _checked(name)
         with self._directory(create=False) as directory:
-            return PortView(_native.Observer(directory, _checked(name)), name)
+            return PortView(_native.Observer(directory, name), name)
 
     def stats(self, name: str) -> PortStats:
         return self.view(name).stats()
@@ -104,9 +105,10 @@ class Mailbox:
 
     def remove(self, name: str) -> None:
         """Remove a port. Who has it open gets ClosedError at the next operation. A damaged file is unlinked."""
+        _checked(name)
         with self._directory(create=False) as directory:
             try:
-                _native.remove_port(directory, _checked(name))
+                _native.remove_port(directory, name)
             except MismatchError:
                 os.unlink(name, dir_fd=directory)
             for leftover in os.listdir(directory):
