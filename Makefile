@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 NATIVE_PYTHON ?= $(BIN)/python
 
-.PHONY: bench test lint native clean
+.PHONY: bench test lint native tensorrt-api clean
 bench: $(VENV)/.installed
 	$(BIN)/sage-edge bench
 
@@ -18,6 +18,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# NVIDIA's own bindings of three releases, fetched and read without TensorRT: do the names that we use exist in each?
+tensorrt-api: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.tensorrt_api.stubs
 
 # The compiled core in place, for a source tree that is imported as it lies (PYTHONPATH) rather than installed:
 # builds sage_edge/mailbox/_native*.so, which git and wheels leave out. Again after a change under mailbox/.

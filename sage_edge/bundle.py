@@ -16,7 +16,7 @@ from typing import Literal
 from sage_edge.config import dump_yaml, load_yaml
 from sage_edge.errors import InputError, IntegrityError
 from sage_edge.files import sha256
-from sage_edge.specs import ModelSpec, TensorSpec
+from sage_edge.specs import ModelSpec, Precision, TensorSpec
 
 FORMAT = "sage-edge-bundle/1"
 BUNDLE_FILE = "bundle.yaml"
@@ -38,6 +38,19 @@ class Graphs:
     decode: GraphSpec
 
 
+def model_spec(graphs: Graphs, signals: tuple[str, ...], max_steps: int) -> ModelSpec:
+    """The contract of a model with these graphs: the carry is what refine puts out before `signals`."""
+    carried = len(graphs.refine.outputs) - 1
+    return ModelSpec(
+        observation=graphs.encode.inputs,
+        context=graphs.encode.outputs[:-carried],
+        carry=graphs.encode.outputs[-carried:],
+        prediction=graphs.decode.outputs,
+        signals=signals,
+        max_steps=max_steps,
+    )
+
+
 GRAPH_NAMES: tuple[Literal["encode", "refine", "decode"], ...] = ("encode", "refine", "decode")
 
 
@@ -51,15 +64,89 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class GateResult:
+    """One finding of a gate as it was when the bundle or the engine was made."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class StepError:
+    """How far a lowered graph is from fp32 at one step; errors are relative RMS of the carry (its worse tensor).
+
+    error, largest (absolute), agreement (share of equal predictions): one step from the fp32 model's own carry. free_*:
+    running on by itself. amplification: what a change of 1e-6 after step 1 grows to in the fp32 model; None: not measured.
+    """
+
+    step: int
+    error: float
+    largest: float
+    agreement: float
+    free_error: float
+    free_agreement: float
+    amplification: float | None
+
+
+@dataclass(frozen=True)
+class LayerPrecision:
+    """One layer: what was asked for, what it has, and why it was kept higher (empty: it was not).
+
+    share: of the step's multiplications in all layers. error: relative RMS error of a step with this layer alone lowered;
+    None: not measured, because nothing had to be kept higher.
+    """
+
+    layer: str
+    module: str
+    asked: Precision
+    precision: Precision
+    share: float
+    error: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How a lowered bundle came about, from which fp32 bundle, calibrated and judged on which data.
+
+    fp32_sha256: of the fp32 bundle's bundle.yaml. data_sha256: of the data (`precision.workbench.data_digest`); range_items:
+    observations whose activations set the ranges, over all steps. equalised: pairs of layers whose channels were balanced.
+    cost: beside fp32 = 1 (`precision.formats.COST`).
+    """
+
+    asked: str
+    fp32_sha256: str
+    data_sha256: str
+    data_items: int
+    range_items: int
+    equalised: int
+    cost: float
+    layers: tuple[LayerPrecision, ...]
+    limits: dict[str, float]
+    gate: tuple[GateResult, ...]
+    steps: tuple[StepError, ...]
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """The precisions of each module, `fp8+fp16` where its layers differ."""
+        found: dict[str, set[str]] = {}
+        for layer in self.layers:
+            found.setdefault(layer.module, set()).add(layer.precision)
+        return {module: "+".join(sorted(chosen)) for module, chosen in sorted(found.items())}
+
+
+@dataclass(frozen=True)
 class Bundle:
     """The content of bundle.yaml; step_gflop is the arithmetic of the matrix products of one step of one slot.
 
-    Raises ValueError, naming the graph, when the graphs do not fit together.
+    precision: that of all layers of the refine graph, `mixed` where they differ; lowering says the rest, and is absent for
+    fp32. Raises ValueError, naming the graph, when the graphs do not fit together.
     """
 
     format: Literal["sage-edge-bundle/1"]
     name: str
-    precision: Literal["fp32"]
+    precision: Precision | Literal["mixed"]
     parameters: int
     step_gflop: float
     max_steps: int
@@ -67,8 +154,13 @@ class Bundle:
     graphs: Graphs
     files: dict[str, str]
     provenance: Provenance
+    lowering: Lowering | None = None
 
     def __post_init__(self) -> None:
+        if (self.precision == "fp32") != (self.lowering is None):
+            raise ValueError(
+                "lowering: a bundle that is not fp32 must say how it was lowered, and an fp32 one must not"
+            )
         if self.max_steps < 1:
             raise ValueError(f"max_steps: expected at least 1, found {self.max_steps}")
         for name in (*(f"{g}.onnx" for g in GRAPH_NAMES), REFERENCE_FILE):
@@ -94,17 +186,8 @@ class Bundle:
 
     @property
     def model(self) -> ModelSpec:
-        """The contract of the model, derived from the graphs: the carry is what refine puts out before `signals`."""
-        graphs = self.graphs
-        carried = len(graphs.refine.outputs) - 1
-        return ModelSpec(
-            observation=graphs.encode.inputs,
-            context=graphs.encode.outputs[:-carried],
-            carry=graphs.encode.outputs[-carried:],
-            prediction=graphs.decode.outputs,
-            signals=self.signals,
-            max_steps=self.max_steps,
-        )
+        """The contract of the model, derived from the graphs."""
+        return model_spec(self.graphs, self.signals, self.max_steps)
 
     def graph(self, name: Literal["encode", "refine", "decode"]) -> GraphSpec:
         return {"encode": self.graphs.encode, "refine": self.graphs.refine, "decode": self.graphs.decode}[name]

@@ -121,36 +121,58 @@ def check(runner: Runner, reference: Reference, tolerance: float = TOLERANCE) ->
         raise InputError(
             f"reference.npz holds {len(reference.signals)} of {runner.model.max_steps} steps; export again"
         )
-    findings = [_encode_parity(runner, reference, tolerance)]
+    findings = [encode_parity(runner, reference, tolerance)]
     steps, step_findings = _step_parity(runner, reference, tolerance)
     findings += step_findings
-    findings += _truthful_signals(runner, reference, tolerance)
-    findings += _liveness(runner, reference)
-    findings.append(_slot_independence(runner, reference, tolerance))
+    findings += truthful_signals(runner, reference, tolerance)
+    findings += liveness(runner, reference)
+    findings.append(slot_independence(runner, reference, tolerance))
     return CheckReport(tuple(findings), steps, tolerance)
 
 
-def _chunks(runner: Runner, count: int) -> list[slice]:
+def record(runner: Runner, observation: dict[str, Array]) -> Reference:
+    """What an active fp32 runner does with observations of any number, step by step: a reference for lowered graphs."""
+    checked = runner.model.validate_observation(observation)
+    names = output_names(runner)
+    parts = []
+    for rows in row_chunks(runner, len(next(iter(checked.values())))):
+        state = runner.encode(take(checked, rows))
+        parts.append([runner.read(state), *(advance(runner, state, names) for _ in range(runner.model.max_steps))])
+    whole = [
+        {name: np.concatenate([part[k][name] for part in parts]) for name in parts[0][k]} for k in range(len(parts[0]))
+    ]
+    carry = [spec.name for spec in runner.model.carry]
+    return Reference(
+        checked,
+        whole[0],
+        tuple({name: step[name] for name in carry} for step in whole[1:]),
+        tuple(step["signals"] for step in whole[1:]),
+        tuple({name: step[name] for name in names} for step in whole[1:]),
+    )
+
+
+def row_chunks(runner: Runner, count: int) -> list[slice]:
+    """Slices of at most `runner.slots` rows that cover `count` rows."""
     return [slice(i, min(i + runner.slots, count)) for i in range(0, count, runner.slots)]
 
 
-def _take(arrays: dict[str, Array], rows: slice | list[int]) -> dict[str, Array]:
+def take(arrays: dict[str, Array], rows: slice | list[int]) -> dict[str, Array]:
     return {name: array[rows] for name, array in arrays.items()}
 
 
-def _advance(runner: Runner, state: State, names: tuple[str, ...]) -> dict[str, Array]:
+def advance(runner: Runner, state: State, names: tuple[str, ...]) -> dict[str, Array]:
     """One step; everything that came of it: carry, signals and decode outputs under their names."""
     signals = runner.refine(state).copy()
     return {**runner.read(state), **runner.decode(state, names), "signals": signals}
 
 
-def _names(runner: Runner) -> tuple[str, ...]:
+def output_names(runner: Runner) -> tuple[str, ...]:
     return tuple(s.name for s in runner.model.prediction)
 
 
-def _expected(reference: Reference, step: int, rows: slice) -> dict[str, Array]:
+def expected_at(reference: Reference, step: int, rows: slice) -> dict[str, Array]:
     every = {**reference.carries[step], **reference.outputs[step], "signals": reference.signals[step]}
-    return _take(every, rows)
+    return take(every, rows)
 
 
 def _difference(ours: dict[str, Array], theirs: dict[str, Array]) -> dict[str, npt.NDArray[np.float64]]:
@@ -178,11 +200,11 @@ def _decided(outputs: dict[str, Array], tolerance: float) -> npt.NDArray[np.bool
     return lead
 
 
-def _encode_parity(runner: Runner, reference: Reference, tolerance: float) -> Finding:
+def encode_parity(runner: Runner, reference: Reference, tolerance: float) -> Finding:
     worst = 0.0
-    for rows in _chunks(runner, len(next(iter(reference.start.values())))):
-        state = runner.encode(_take(reference.observation, rows))
-        wanted = _take(reference.start, rows)
+    for rows in row_chunks(runner, len(next(iter(reference.start.values())))):
+        state = runner.encode(take(reference.observation, rows))
+        wanted = take(reference.start, rows)
         gaps = _difference(runner.read(state), wanted)
         worst = max([worst, *(float(gap.max()) / _allowed(wanted[name], 1) for name, gap in gaps.items())])
     return Finding("encode_parity", worst <= tolerance, f"max error {worst:.2e}, allowed {tolerance:.0e}")
@@ -199,19 +221,19 @@ class Worst(NamedTuple):
 def _step_parity(
     runner: Runner, reference: Reference, tolerance: float
 ) -> tuple[tuple[StepParity, ...], list[Finding]]:
-    steps, names = runner.model.max_steps, _names(runner)
+    steps, names = runner.model.max_steps, output_names(runner)
     tables = np.zeros((steps, 6))
     worst: defaultdict[str, Worst] = defaultdict(lambda: Worst(0.0, tolerance, 0))
     wrong_predictions = 0
-    chunks = _chunks(runner, len(next(iter(reference.start.values()))))
+    chunks = row_chunks(runner, len(next(iter(reference.start.values()))))
     for rows in chunks:
         share = 1 / len(chunks)
-        begin = _take(reference.start, rows)
+        begin = take(reference.start, rows)
         free, shaken = runner.write(begin), runner.write(begin)
         for step in range(steps):
-            carry = {**begin, **_take(reference.carries[step - 1], rows)} if step else begin
-            expected = _expected(reference, step, rows)
-            got = _advance(runner, runner.write(carry), names)
+            carry = {**begin, **take(reference.carries[step - 1], rows)} if step else begin
+            expected = expected_at(reference, step, rows)
+            got = advance(runner, runner.write(carry), names)
             for name, gap in _difference(got, expected).items():
                 size, allowed = float(gap.max()), _allowed(expected[name], tolerance)
                 if size / allowed >= worst[name].error / worst[name].allowed:
@@ -222,14 +244,14 @@ def _step_parity(
             decided = _decided(expected, tolerance)
             wrong_predictions += int((~same & decided).sum() if decided is not None else 0)
             tables[step, 2] += share * float(same.mean())
-            drifted = _advance(runner, free, names)
+            drifted = advance(runner, free, names)
             drift = _difference(drifted, expected)
             tables[step, 3] = max([tables[step, 3], *(float(g.max()) for g in drift.values())])
             tables[step, 4] += share * float((drifted["prediction"] == expected["prediction"]).mean())
-            moved = _advance(runner, shaken, names)
+            moved = advance(runner, shaken, names)
             tables[step, 5] = max([tables[step, 5], *(float(g.max()) for g in _difference(moved, drifted).values())])
             if step == 0:
-                shaken = _shake(runner, shaken)
+                shaken = shake(runner, shaken)
     findings = [
         Finding(
             f"parity_{name}", w.error <= w.allowed, f"max error {w.error:.2e} at step {w.step}, allowed {w.allowed:.1e}"
@@ -244,7 +266,7 @@ def _step_parity(
     return rows_, findings
 
 
-def _shake(runner: Runner, state: State) -> State:
+def shake(runner: Runner, state: State) -> State:
     """The state with a change of PERTURBATION, of random sign, in every element of the first carry."""
     arrays, name = runner.read(state), runner.model.carry[0].name
     signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), arrays[name].shape)
@@ -253,19 +275,19 @@ def _shake(runner: Runner, state: State) -> State:
     return runner.write(arrays) if all(np.isfinite(a).all() for a in arrays.values()) else state
 
 
-def _truthful_signals(runner: Runner, reference: Reference, tolerance: float) -> list[Finding]:
+def truthful_signals(runner: Runner, reference: Reference, tolerance: float) -> list[Finding]:
     """Recompute, outside the graph, the signals that can be computed from logits and carry."""
     model = runner.model
-    names = _names(runner)
+    names = output_names(runner)
     if "logits" not in names:
         return []
-    rows = _chunks(runner, len(next(iter(reference.start.values()))))[0]
-    state = runner.encode(_take(reference.observation, rows))
+    rows = row_chunks(runner, len(next(iter(reference.start.values()))))[0]
+    state = runner.encode(take(reference.observation, rows))
     before = {**runner.read(state), **runner.decode(state, names)}
     worst: dict[str, float] = {}
     argmax_wrong = 0
     for _ in range(model.max_steps):
-        after = _advance(runner, state, names)
+        after = advance(runner, state, names)
         logits = after["logits"].astype(np.float64)
         argmax_wrong += int((logits.argmax(-1) != after["prediction"]).sum())
         shifted = logits - logits.max(-1, keepdims=True)
@@ -293,11 +315,11 @@ def _truthful_signals(runner: Runner, reference: Reference, tolerance: float) ->
     return [*findings, Finding("prediction_is_argmax", argmax_wrong == 0, detail)]
 
 
-def _liveness(runner: Runner, reference: Reference) -> list[Finding]:
+def liveness(runner: Runner, reference: Reference) -> list[Finding]:
     """A model that ignores its input, never moves, or always wants the same number of steps is refused."""
-    model, names = runner.model, _names(runner)
-    rows = _chunks(runner, len(next(iter(reference.start.values()))))[0]
-    observation = _take(reference.observation, rows)
+    model, names = runner.model, output_names(runner)
+    rows = row_chunks(runner, len(next(iter(reference.start.values()))))[0]
+    observation = take(reference.observation, rows)
     inputs_differ = any(len(np.unique(a, axis=0)) > 1 for a in observation.values())
     state = runner.encode(observation)
     start = runner.read(state)
@@ -306,7 +328,7 @@ def _liveness(runner: Runner, reference: Reference) -> list[Finding]:
     moved = 0.0
     last = start
     for _ in range(model.max_steps):
-        now = _advance(runner, state, names)
+        now = advance(runner, state, names)
         if {"q_halt", "q_continue"} <= set(model.signals):
             columns = now["signals"].astype(np.float64)
             halting.append(columns[:, model.signal("q_halt")] - columns[:, model.signal("q_continue")])
@@ -332,16 +354,16 @@ def _liveness(runner: Runner, reference: Reference) -> list[Finding]:
     return findings
 
 
-def _slot_independence(runner: Runner, reference: Reference, tolerance: float) -> Finding:
+def slot_independence(runner: Runner, reference: Reference, tolerance: float) -> Finding:
     """A request must not see its neighbours: each alone gives what it gave in company, after one step."""
-    rows = _chunks(runner, len(next(iter(reference.start.values()))))[0]
-    together = runner.encode(_take(reference.observation, rows))
-    names = _names(runner)
-    company = _advance(runner, together, names)
+    rows = row_chunks(runner, len(next(iter(reference.start.values()))))[0]
+    together = runner.encode(take(reference.observation, rows))
+    names = output_names(runner)
+    company = advance(runner, together, names)
     worst = 0.0
     for row in range(together.slots):
-        alone = _advance(runner, runner.encode(_take(reference.observation, slice(row, row + 1))), names)
-        wanted = _take(company, slice(row, row + 1))
+        alone = advance(runner, runner.encode(take(reference.observation, slice(row, row + 1))), names)
+        wanted = take(company, slice(row, row + 1))
         gaps = _difference(alone, wanted)
         worst = max([worst, *(float(gap.max()) / _allowed(wanted[name], 1) for name, gap in gaps.items())])
     return Finding("slot_independence", worst <= tolerance, f"alone and in company differ by {worst:.2e}")

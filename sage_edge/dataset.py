@@ -63,6 +63,11 @@ class Dataset:
             self.path, self.inputs[:count], self.labels[:count], self.puzzle_identifiers[:count], cut
         )  # fmt: skip
 
+    def take(self, rows: npt.NDArray[np.int64]) -> Dataset:
+        """The examples `rows`, in that order."""
+        cut = {name: array[rows] for name, array in self.attributes.items()}
+        return Dataset(self.path, self.inputs[rows], self.labels[rows], self.puzzle_identifiers[rows], cut)
+
     def token_accuracy(self, prediction: Array, rows: slice = slice(None)) -> npt.NDArray[np.float64]:
         """Share of counted tokens that are right, per example; prediction integers [n, seq_len]."""
         counted = self.labels[rows] >= 0

@@ -69,6 +69,12 @@ def peak_rss_mib() -> float | None:
     return int(match.group(1)) / 1024 if match else None
 
 
+def resident_mib() -> float | None:
+    """Resident memory of this process now, MiB (the second field of /proc/self/statm is in pages; proc(5))."""
+    text = _read(Path("/proc/self/statm"))
+    return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20) if text else None
+
+
 def _read(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8", errors="replace")

@@ -5,10 +5,14 @@ What is missing on the way to an engine is made and kept in the engine cache.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from sage_edge.bundle import BUNDLE_FILE
+from sage_edge.bundle import BUNDLE_FILE, Bundle, Lowering
+from sage_edge.config import load_yaml
+from sage_edge.dataset import Dataset
+from sage_edge.device import usable_cores
 from sage_edge.engines.build import BuildRecipe, Built, build, cache_directory, open_bundle, open_engine
 from sage_edge.engines.manifest import MANIFEST_FILE
 from sage_edge.engines.runner import Runner
@@ -16,10 +20,13 @@ from sage_edge.errors import InputError, MissingDependencyError
 from sage_edge.files import sha256
 from sage_edge.irp.certificate import load_certificate
 from sage_edge.runtime import Session
+from sage_edge.specs import Array
 
 Progress = Callable[[str], None]
 PACKAGE = Path(__file__).resolve().parent
 REFERENCE_MODEL = "sudoku9"
+# Part of the cache key: raise it whenever the same fp32 bundle would become a different lowered bundle.
+LOWERING_VERSION = "1"
 
 
 def shipped(name: str) -> Path | None:
@@ -76,6 +83,28 @@ def bundle_of(folder: Path, progress: Progress = lambda stage: None) -> Path:
     return path
 
 
+def lowered_of(
+    bundle: Path, precision: str, data: Dataset | dict[str, Array], *, strict: bool = False, threads: int = 0,
+    progress: Progress = lambda stage: None,
+) -> Path:  # fmt: skip
+    """The lowered bundle of the fp32 bundle in a folder, made once for this data and kept in the engine cache.
+
+    precision: as `sage-edge export --precision` takes it. threads: 0 means all usable cores. Raises what
+    `precision.lower.lower_bundle` and `precision.plan.parse_request` raise.
+    """
+    from sage_edge.precision.lower import lower_bundle
+    from sage_edge.precision.plan import parse_request
+    from sage_edge.precision.workbench import data_digest
+
+    request = parse_request(precision)
+    parts = [sha256(bundle / BUNDLE_FILE), repr(request.plan), data_digest(data), str(strict), LOWERING_VERSION]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+    path = cache_directory() / "bundles" / f"{load_yaml(bundle / BUNDLE_FILE, Bundle).name}-{key}"
+    if not (path / BUNDLE_FILE).is_file():
+        lower_bundle(bundle, path, request, data, strict=strict, threads=threads or usable_cores(), progress=progress)
+    return path
+
+
 def engine_of(target: str, recipe: BuildRecipe | None = None, progress: Progress = lambda stage: None) -> Path:
     """The engine folder for `target`, built when it is missing. Raises what `bundle_of` and `build` raise."""
     folder = locate(target)
@@ -91,12 +120,24 @@ def open_runner(target: str, threads: int | None = None, progress: Progress = la
 
 
 def open_for_check(target: str, progress: Progress = lambda stage: None) -> tuple[Runner, Path]:
-    """A runner and the folder with its reference.npz: an engine as it is, a bundle by its own graphs."""
+    """A runner and the folder with its reference.npz: an engine as it is, a bundle by its own graphs.
+
+    Those of a lowered bundle run in their judging form: float32 arithmetic that rounds where the target would.
+    """
     folder = locate(target)
     if (folder / MANIFEST_FILE).is_file():
         return open_engine(folder), folder
     bundle = bundle_of(folder, progress)
-    return open_bundle(bundle), bundle
+    if lowering_of(bundle) is None:
+        return open_bundle(bundle), bundle
+    from sage_edge.precision.judge import open_judging
+
+    return open_judging(bundle), bundle
+
+
+def lowering_of(folder: Path) -> Lowering | None:
+    """How the model in an engine's or a bundle's folder was lowered; None when it is fp32."""
+    return load_yaml(folder / BUNDLE_FILE, Bundle).lowering
 
 
 def open_session(target: str, threads: int | None = None, progress: Progress = lambda stage: None) -> Session:

@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from sage_edge import scheduler
 from sage_edge.engines.runner import Runner, State
-from sage_edge.errors import EngineError, InputError, IntegrityError, RefusedError, SageError
-from sage_edge.irp.halting import AnyOf, History, MaxSteps, Policy, parse_policy
+from sage_edge.errors import DeviceLostError, EngineError, InputError, IntegrityError, RefusedError, SageError
+from sage_edge.irp.halting import History, Policy, limited
 from sage_edge.scheduler import Outcome, Plan, Request, Slot, WhenFull
 from sage_edge.snapshot import Snapshot
 from sage_edge.specs import Array
@@ -367,6 +367,9 @@ class Pool:
             return True
 
     def _fail(self, number: int, stage: str, error: Exception) -> None:
+        if isinstance(error, DeviceLostError):  # whoever serves must exit with its code, so that it is started anew
+            self._settle(number, error)
+            return
         text = (str(error).splitlines() or [""])[0]
         self._settle(number, EngineError(f"the engine failed at {stage}: {type(error).__name__}: {text}"))
 
@@ -389,10 +392,3 @@ def _holders(plan: Plan, slots: Sequence[Slot | None]) -> dict[int, int]:
     rows = range(len(slots)) if plan.keep is None else plan.keep
     old = {new: slot.request.id for new, row in enumerate(rows) if (slot := slots[row]) and row not in answered}
     return dict(sorted((old | {row: request.id for row, request in plan.admit}).items()))
-
-
-def limited(halt: str | Policy, limit: int) -> Policy:
-    """The policy that `halt` is or names, never beyond `limit` steps. Raises InputError for a text not understood."""
-    if isinstance(halt, str):
-        return parse_policy(halt, limit)
-    return AnyOf((*(halt.parts if isinstance(halt, AnyOf) else (halt,)), MaxSteps(limit)))

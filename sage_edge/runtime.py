@@ -9,8 +9,8 @@ import numpy as np
 from sage_edge.engines.runner import Runner
 from sage_edge.errors import InputError
 from sage_edge.irp.certificate import CERTIFIED, Certificate, uses_certificate
-from sage_edge.irp.halting import Policy
-from sage_edge.pool import Answer, Pool, Ticket, limited
+from sage_edge.irp.halting import Policy, limited
+from sage_edge.pool import Answer, Pool, Ticket
 from sage_edge.specs import Array
 
 __all__ = ["Answer", "Session"]

@@ -175,7 +175,7 @@ def schedule(state: SchedulerState, now: float) -> Plan:
 def update(state: SchedulerState, plan: Plan, outcome: Outcome) -> SchedulerState:
     """The state after a tick. Requests cancelled or dropped while it ran are gone and stay so."""
     left = {request.id for request in plan.expire} | {request.id for _, request in plan.admit}
-    waiting = {request.id for request in state.queue} & left
+    waiting = {request.id for request in state.queue if request.id in left} if left else set()
     queue = tuple(request for request in state.queue if request.id not in left) if left else state.queue
     soonest = state.soonest
     if plan.expire:

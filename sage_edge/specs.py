@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from sage_edge.errors import InputError
 SLOTS = "slots"  # the symbolic first axis of every tensor
 
 Array = npt.NDArray[Any]
+Precision = Literal["fp32", "fp16", "int8", "fp8"]
 Family = Literal["hrm-act-v1", "hrm-bidirectional"]
 DType = Literal["float32", "float16", "int32", "int64", "uint8"]
 
@@ -90,10 +92,18 @@ class TensorSpec:
                 f"shape of {self.name!r}: expected [{SLOTS}, n, ...] with n >= 1, found {list(self.shape)}"
             )
 
-    @property
+    @cached_property
     def item_shape(self) -> tuple[int, ...]:
         """The shape of one slot."""
         return tuple(int(n) for n in self.shape[1:])
+
+    @cached_property
+    def bounds(self) -> tuple[int | None, int | None]:
+        """Least and greatest integer allowed: the spec's own, else the dtype's; None where a float has none."""
+        dtype = np.iinfo(self.dtype) if self.dtype.startswith(("int", "uint")) else None
+        low = self.minimum if self.minimum is not None else (dtype.min if dtype else None)
+        high = self.maximum if self.maximum is not None else (dtype.max if dtype else None)
+        return low, high
 
     def describe(self) -> str:
         text = f"{self.dtype} [{', '.join(map(str, self.shape))}]"
@@ -119,15 +129,13 @@ class TensorSpec:
         if len(array) == 0:
             raise InputError(f"{where}: holds no request (first axis is 0)")
         if array.dtype.kind in "iu":
-            bounds = np.iinfo(self.dtype) if self.dtype.startswith(("int", "uint")) else None
-            low = self.minimum if self.minimum is not None else (bounds.min if bounds else None)
-            high = self.maximum if self.maximum is not None else (bounds.max if bounds else None)
-            wrong = np.zeros(array.shape, bool)
-            if low is not None and int(array.min()) < low:
-                wrong |= array < low
-            if high is not None and int(array.max()) > high:
-                wrong |= array > high
-            if wrong.any():
+            low, high = self.bounds
+            if (low is not None and int(array.min()) < low) or (high is not None and int(array.max()) > high):
+                wrong = np.zeros(array.shape, bool)
+                if low is not None:
+                    wrong |= array < low
+                if high is not None:
+                    wrong |= array > high
                 at = tuple(int(i) for i in np.argwhere(wrong)[0])
                 raise InputError(f"{where}: value {array[at]} at {list(at)} is outside {low}..{high}")
         with np.errstate(over="ignore"):

@@ -31,6 +31,8 @@ from rich.console import Console
 from torch import Tensor
 
 from sage_edge.export.hrm import HRM
+from sage_edge.export.layers import Block
+from sage_edge.export.learning_curve import keep_until, plot
 from sage_edge.specs import HRMConfig
 
 CONFIG = HRMConfig(
@@ -63,7 +65,7 @@ def load_generator() -> ModuleType:
 
 
 class Puzzles:
-    """Endless shuffled stream of puzzles under random symmetries, hard ones drawn more often as `focus` rises."""
+    """Endless shuffled stream of puzzles under random symmetries, the harder ones drawn more often."""
 
     def __init__(self, path: Path, seed: int, validation: int = 512) -> None:
         data = np.load(path)
@@ -73,13 +75,17 @@ class Puzzles:
         held_out = np.flatnonzero(self.holes >= 30)[-validation:]
         self.validation = (to_tokens(self.puzzle[held_out]), to_tokens(self.solution[held_out]).long())
         self.rows = np.setdiff1d(np.arange(len(self.puzzle)), held_out)
+        # Sorted by holes, so that a limit on them is a limit on the cumulated weight.
+        self.rows = self.rows[np.argsort(self.holes[self.rows], kind="stable")]
         # Puzzles of 24-32 holes are solved early in training and teach little after that.
         weight = np.interp(self.holes[self.rows].astype(np.float64), [24, 34, 50], [0.25, 1.0, 2.0])
-        self.probability = np.cumsum(weight / weight.sum())
+        self.cumulated = np.cumsum(weight)
 
-    def draw(self, count: int) -> Batch:
-        index = np.minimum(np.searchsorted(self.probability, self.rng.random(count)), len(self.rows) - 1)
-        rows = self.rows[index]
+    def draw(self, count: int, most_holes: float) -> Batch:
+        """`count` puzzles of at most `most_holes` holes."""
+        last = int(np.searchsorted(self.holes[self.rows], most_holes, side="right")) - 1
+        drawn = self.rng.random(count) * self.cumulated[last]
+        rows = self.rows[np.minimum(np.searchsorted(self.cumulated, drawn), last)]
         puzzle, solution = self.generate.symmetries(self.puzzle[rows], self.solution[rows], self.rng)
         return to_tokens(puzzle), to_tokens(solution).long()
 
@@ -89,17 +95,33 @@ def to_tokens(grid: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(grid.astype(np.int32) + 1)
 
 
-def initial_positions(config: HRMConfig) -> Tensor:
-    """Row + column + box vectors [1 + 81, hidden], so that the three kinds of unit are visible from the first step."""
+@torch.no_grad()
+def see_units(model: HRM) -> None:
+    """Initial weights by which heads 0, 1 and 2 of every layer look at a cell's row, column and box.
 
-    def table() -> Tensor:
-        return torch.randn(9, config.hidden_size)
-
-    row, column, box = table(), table(), table()
+    Positions are row + column + box vectors, each kind in the dimensions of one head, tokens in those that are left; the
+    query and key maps of these heads begin as the identity on them. Everything is trained from there.
+    """
+    config = model.config
+    width = config.hidden_size // config.num_heads
     cell = torch.arange(81)
-    r, c = cell // 9, cell % 9
-    grid = (row[r] + column[c] + box[r // 3 * 3 + c // 3]) / (3 * config.hidden_size) ** 0.5
-    return torch.cat((torch.zeros(config.prefix, config.hidden_size), grid))
+    row, column = cell // 9, cell % 9
+    positions = torch.zeros(81, config.hidden_size)
+    for head, unit in enumerate((row, column, row // 3 * 3 + column // 3)):
+        vectors = torch.linalg.qr(torch.randn(width, 9)).Q.T / 3**0.5
+        positions[:, head * width : (head + 1) * width] = vectors[unit]
+    model.embed_pos.embedding_weight[: config.prefix] = 0
+    model.embed_pos.embedding_weight[config.prefix :] = positions
+    model.embed_tokens.embedding_weight[:, : 3 * width] = 0
+    model.embed_tokens.embedding_weight[:, 3 * width :] *= (
+        config.hidden_size / (config.hidden_size - 3 * width)
+    ) ** 0.5
+    for level in (model.H_level, model.L_level):
+        for layer in level.layers:
+            assert isinstance(layer, Block)
+            weight = layer.self_attn.qkv_proj.weight
+            for start in (0, config.hidden_size):  # queries, then keys
+                weight[start : start + 3 * width] = torch.eye(3 * width, config.hidden_size)
 
 
 class Ema:
@@ -137,8 +159,7 @@ class Trainer:
             CONFIG, hidden_size=args.hidden, num_heads=args.heads, puzzle_emb_ndim=args.hidden
         )
         self.model = HRM(self.config)
-        with torch.no_grad():
-            self.model.embed_pos.embedding_weight.copy_(initial_positions(self.config))
+        see_units(self.model)
         self.model.to(self.device)
         self.data = Puzzles(args.data / "train.npz", args.seed)
         matrices = [p for n, p in self.model.named_parameters() if "_level." in n]
@@ -200,7 +221,7 @@ class Trainer:
         carry, model, config = self.carry, self.model, self.config
         fresh = carry.halted
         if count := int(fresh.sum()):
-            tokens, labels = self.data.draw(count)
+            tokens, labels = self.data.draw(count, self.most_holes())
             carry.tokens[fresh], carry.labels[fresh] = tokens.to(self.device), labels.to(self.device)
             carry.z_H[fresh], carry.z_L[fresh] = model.H_init, model.L_init
             carry.steps[fresh] = 0
@@ -232,6 +253,10 @@ class Trainer:
             "exact_at_halt": float((exact & carry.halted).sum()) / done,
             "steps_at_halt": float((carry.steps * carry.halted).sum()) / done,
         }  # fmt: skip
+
+    def most_holes(self) -> float:
+        """Easy puzzles first: from 34 holes at the start up to 50, which is all, at step `ramp`."""
+        return float(34 + 16 * min(1.0, self.step / max(1, self.args.ramp)))
 
     def learning_rate(self) -> float:
         """Warm up over 200 steps, hold, then fall linearly to 2 % over the last part of the run."""
@@ -295,41 +320,12 @@ class Trainer:
 
         weights = self.model.state_dict() | self.ema.shadow
         save_model_folder(run / "model", weights, name="sudoku9", config=self.config, source=source)
-        plot(run / "log.csv", run / "learning-curve.png")
-
-
-def keep_until(log: Path, step: int) -> None:
-    """Drop what was logged after the state was saved: those steps are about to be taken again."""
-    header, *rows = log.read_text().splitlines(keepends=True)
-    temporary = log.with_suffix(".tmp")
-    temporary.write_text("".join([header, *(row for row in rows if int(row.split(",")[0]) <= step)]))
-    os.replace(temporary, log)
-
-
-def plot(log: Path, image: Path) -> None:
-    """Learning curve of a log.csv: validation accuracy and cross-entropy against the optimiser step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with log.open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
-
-    def column(name: str) -> tuple[list[int], list[float]]:
-        known = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
-        return [step for step, _ in known], [value for _, value in known]
-
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6))
-    for name, label in (("val_exact_full", "full steps"), ("val_exact_learned", "learned rule")):
-        above.plot(*column(name), marker="o", markersize=3, label=label)
-    above.set_ylabel("exact, validation")
-    above.legend()
-    below.plot(*column("cross_entropy"), linewidth=0.8)
-    below.set_ylabel("cross-entropy, training")
-    below.set_xlabel("optimiser step")
-    figure.tight_layout()
-    figure.savefig(image, dpi=120)
+        plot(
+            run / "log.csv",
+            run / "learning-curve.png",
+            accuracy={"val_exact_full": "full steps", "val_exact_learned": "learned rule"},
+            loss="cross_entropy",
+        )
 
 
 def main() -> None:
@@ -337,11 +333,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder written by generate.py")
     parser.add_argument("--run", type=Path, required=True, help="folder for the state, the log and the model")
     parser.add_argument("--init", type=Path, help="start from these weights: a model folder or an original checkpoint")
-    parser.add_argument("--steps", type=int, default=8000, help="optimiser steps in all")
-    parser.add_argument("--decay", type=float, default=0.35, help="last fraction of the run with falling learning rate")
-    parser.add_argument("--single-cycle-until", type=int, default=4000, help="train with one H cycle up to this step")
+    parser.add_argument("--steps", type=int, default=2800, help="optimiser steps in all")
+    parser.add_argument("--decay", type=float, default=0.45, help="last fraction of the run with falling learning rate")
+    parser.add_argument("--single-cycle-until", type=int, default=1200, help="train with one H cycle up to this step")
+    parser.add_argument("--ramp", type=int, default=1500, help="step from which on the hardest puzzles are drawn too")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights; less for short runs")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)

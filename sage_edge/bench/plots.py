@@ -11,10 +11,10 @@ from sage_edge.errors import MissingDependencyError
 from sage_edge.files import replacing
 from sage_edge.irp.certificate import Certificate
 from sage_edge.irp.families import Path, paths
-from sage_edge.irp.halting import ENERGY
 from sage_edge.irp.traces import Traces, steps_taken
 
 FAMILIES = ("learned", "entropy", "entropy_max")
+ENERGY = "entropy_mean"
 LABELS = {
     "learned": "q_halt − q_continue >",
     "entropy": "mean entropy (nats) <",

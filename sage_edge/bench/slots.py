@@ -23,8 +23,8 @@ import numpy.typing as npt
 from sage_edge.bench.timing import Latency
 from sage_edge.dataset import Dataset
 from sage_edge.engines.runner import Runner
-from sage_edge.irp.halting import History, Policy
-from sage_edge.pool import Pool, Statistics, Ticket, limited
+from sage_edge.irp.halting import History, Policy, limited
+from sage_edge.pool import Pool, Statistics, Ticket
 from sage_edge.runtime import batches
 from sage_edge.specs import Array
 

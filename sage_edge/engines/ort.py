@@ -36,14 +36,18 @@ class Buffers:
         return self.carries[self.current]
 
 
-def open_session(path: Path, threads: int, optimize: bool) -> ort.InferenceSession:
-    """A CPU session. `optimize` False loads the graph as it is: right for graphs that were optimized when built."""
+def open_session(path: Path, threads: int, optimize: bool, spin: bool = True) -> ort.InferenceSession:
+    """A CPU session. `optimize` False loads the graph as it is: right for graphs that were optimized when built.
+
+    spin: whether its threads wait busily for the next node, and for a while after a run for the next run.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     try:
@@ -55,11 +59,14 @@ def open_session(path: Path, threads: int, optimize: bool) -> ort.InferenceSessi
 class OrtRunner(Runner):
     """Runs the three graphs of `folder` (encode.onnx, refine.onnx, decode.onnx)."""
 
-    def __init__(self, folder: Path, model: ModelSpec, slots: int, threads: int, optimized: bool, digest: str) -> None:
+    def __init__(
+        self, folder: Path, model: ModelSpec, slots: int, threads: int, optimized: bool, digest: str, spin: bool = True
+    ) -> None:  # fmt: skip
         super().__init__(model, slots, digest)
         self.folder = folder
         self.threads = threads
         self.optimized = optimized
+        self.spin = spin
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._spare: dict[int, Buffers] = {}  # by number of slots: `select` swaps between sizes at every other tick
         self._staging: dict[int, Buffers] = {}
@@ -67,7 +74,10 @@ class OrtRunner(Runner):
     def _activate(self) -> None:
         for name in ("encode", "refine", "decode"):
             path = self.folder / f"{name}.onnx"
-            self._sessions[name] = open_session(path, self.threads, optimize=not self.optimized)
+            # Each session has threads of its own. Were those of encode and decode to spin after their run, they would
+            # take the cores from the steps that follow.
+            spin = self.spin and name == "refine"
+            self._sessions[name] = open_session(path, self.threads, not self.optimized, spin)
         self._new_carry = [o.name for o in self._sessions["refine"].get_outputs()]
         self._decode_inputs = [i.name for i in self._sessions["decode"].get_inputs()]
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
+from torch import Tensor, nn
 
 from sage_edge import __version__
-from sage_edge.bundle import BUNDLE_FILE, Bundle, Graphs, GraphSpec, Provenance, save_bundle
+from sage_edge.bundle import BUNDLE_FILE, Bundle, Graphs, GraphSpec, Provenance, model_spec, save_bundle
 from sage_edge.check import Reference, check, load_reference
 from sage_edge.device import usable_cores, version
 from sage_edge.engines.ort import OrtRunner
@@ -54,32 +57,80 @@ def hrm_graphs(config: HRMConfig) -> Graphs:
 
 def hrm_spec(config: HRMConfig) -> ModelSpec:
     """The contract of an HRM's graphs, before there is a bundle."""
-    graphs = hrm_graphs(config)
-    return ModelSpec(
-        graphs.encode.inputs, graphs.encode.outputs[:1], graphs.encode.outputs[1:], graphs.decode.outputs, SIGNALS,
-        config.halt_max_steps,
+    return model_spec(hrm_graphs(config), SIGNALS, config.halt_max_steps)
+
+
+@dataclass(frozen=True, eq=False)
+class GraphModel:
+    """Any model behind the contract, ready for export: its three graphs as torch modules, and what bundle.yaml says of it.
+
+    Each module takes and returns tensors in the order of its graph's specs; checkpoint_sha256 and source are those of
+    `Provenance`.
+    """
+
+    name: str
+    graphs: Graphs
+    signals: tuple[str, ...]
+    max_steps: int
+    encode: nn.Module
+    refine: nn.Module
+    decode: nn.Module
+    parameters: int
+    checkpoint_sha256: str
+    source: str
+
+    @property
+    def spec(self) -> ModelSpec:
+        return model_spec(self.graphs, self.signals, self.max_steps)
+
+
+def hrm_graph_model(model: HRM, recipe: Recipe) -> GraphModel:
+    """An HRM as its three graphs."""
+    return GraphModel(
+        recipe.name, hrm_graphs(recipe.config), SIGNALS, recipe.config.halt_max_steps,
+        Encode(model), Refine(model), Decode(model),
+        sum(p.numel() for p in model.parameters()), recipe.checkpoint_sha256, recipe.source,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def reference_run(model: HRM, observation: dict[str, Array], steps: int) -> Reference:
-    """What the fp32 torch model does with `observation` over `steps` steps."""
-    encode, refine, decode = Encode(model), Refine(model), Decode(model)
-    context, z_H, z_L = encode(*(torch.from_numpy(array) for array in observation.values()))
-    start = {"context": context.numpy(), "z_H": z_H.numpy(), "z_L": z_L.numpy()}
-    carries, signals, outputs = [], [], []
-    for _ in range(steps):
-        z_H, z_L, signal = refine(context, z_H, z_L)
-        logits, prediction = decode(z_H)
-        carries.append({"z_H": z_H.numpy(), "z_L": z_L.numpy()})
+def reference_run(model: GraphModel, observation: dict[str, Array]) -> Reference:
+    """What the fp32 torch modules do with `observation` over all steps."""
+    spec, graphs = model.spec, model.graphs
+
+    def outputs(module: nn.Module, tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+        return {s.name: tensor for s, tensor in zip(specs, module(*tensors), strict=True)}
+
+    def arrays(tensors: dict[str, Tensor]) -> dict[str, Array]:
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+    inputs = [torch.from_numpy(observation[s.name]) for s in graphs.encode.inputs]
+    state = outputs(model.encode, inputs, graphs.encode.outputs)
+    start = arrays(state)
+    carries, signals, answers = [], [], []
+    for _ in range(spec.max_steps):
+        *carry, signal = model.refine(*(state[s.name] for s in graphs.refine.inputs))
+        state |= {s.name: tensor for s, tensor in zip(spec.carry, carry, strict=True)}
+        carries.append(arrays({s.name: state[s.name] for s in spec.carry}))
         signals.append(signal.numpy())
-        outputs.append({"logits": logits.numpy(), "prediction": prediction.numpy()})
-    return Reference(observation, start, tuple(carries), tuple(signals), tuple(outputs))
+        decoded = outputs(model.decode, [state[s.name] for s in graphs.decode.inputs], graphs.decode.outputs)
+        answers.append(arrays(decoded))
+    return Reference(observation, start, tuple(carries), tuple(signals), tuple(answers))
 
 
 def export_bundle(
     model: HRM,
     recipe: Recipe,
+    output: Path,
+    samples: dict[str, Array] | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Bundle:
+    """Write the bundle of an HRM to the folder `output`; see `write_bundle`."""
+    return write_bundle(hrm_graph_model(model, recipe), output, samples, progress)
+
+
+def write_bundle(
+    model: GraphModel,
     output: Path,
     samples: dict[str, Array] | None = None,
     progress: Callable[[str], None] = lambda stage: None,
@@ -90,38 +141,39 @@ def export_bundle(
     Raises InputError when `output` is not ours to replace or the samples do not fit, GateError when the graphs are not
     the model; nothing is left behind then.
     """
-    config = recipe.config
-    graphs, spec = hrm_graphs(config), hrm_spec(config)
-    per_sample = 4 * config.positions * config.hidden_size * (3 + 2 * config.halt_max_steps)
+    graphs, spec = model.graphs, model.spec
+    context, carry = (sum(math.prod(s.item_shape) for s in specs) for specs in (spec.context, spec.carry))
+    per_sample = 4 * (context + carry * (1 + spec.max_steps))
     count = int(np.clip(REFERENCE_BYTES // per_sample, 2, MAX_SAMPLES))
     chosen = spec.validate_observation(samples, "samples") if samples else spec.random_observation(count)
     chosen = {name: array[:count] for name, array in chosen.items()}
     progress("reference")
-    reference = reference_run(model, chosen, config.halt_max_steps)
-    traced = copy.deepcopy(model)
-    use_matmuls(traced)
+    reference = reference_run(model, chosen)
+    # Together, so that parts that the three share stay shared.
+    encode, refine, decode = copy.deepcopy((model.encode, model.refine, model.decode))
     with replacing_directory(output, BUNDLE_FILE) as folder:
         np.savez_compressed(folder / "reference.npz", **reference.arrays())  # type: ignore[arg-type]
         for name, module, graph in (
-            ("encode", Encode(traced), graphs.encode),
-            ("refine", Refine(traced), graphs.refine),
-            ("decode", Decode(traced), graphs.decode),
+            ("encode", encode, graphs.encode),
+            ("refine", refine, graphs.refine),
+            ("decode", decode, graphs.decode),
         ):
             progress(f"export {name}")
+            use_matmuls(module)
             export_graph(module, graph.inputs, graph.outputs, folder / f"{name}.onnx")
         bundle = Bundle(
             format="sage-edge-bundle/1",
-            name=recipe.name,
+            name=model.name,
             precision="fp32",
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=model.parameters,
             step_gflop=round(matmul_gflop(folder / "refine.onnx"), 6),
-            max_steps=config.halt_max_steps,
-            signals=SIGNALS,
+            max_steps=model.max_steps,
+            signals=model.signals,
             graphs=graphs,
             files={file.name: sha256(file) for file in sorted(folder.iterdir())},
             provenance=Provenance(
-                checkpoint_sha256=recipe.checkpoint_sha256,
-                source=recipe.source,
+                checkpoint_sha256=model.checkpoint_sha256,
+                source=model.source,
                 versions={
                     "sage-edge": __version__,
                     "torch": str(torch.__version__),
@@ -137,5 +189,5 @@ def export_bundle(
             report = check(runner, load_reference(folder / "reference.npz"))
         if not report.passed:
             reasons = "; ".join(f"{f.name}: {f.detail}" for f in report.failures)
-            raise GateError(f"{recipe.name}: the gate refused the bundle: {reasons}")
+            raise GateError(f"{model.name}: the gate refused the bundle: {reasons}")
     return bundle

@@ -101,6 +101,25 @@ def use_matmuls(module: nn.Module) -> None:
             use_matmuls(child)
 
 
+def entropies(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy (nats) of the distributions logits [slots, n, values]: mean and largest over the n, both [slots, 1].
+
+    CPU kernels of Log and of sums treat the head and tail of a memory block differently from its middle, so that the last
+    bit would depend on a slot's row. LogSoftmax works row by row, and with the values padded to whole 64-byte lines every
+    slot begins at the same alignment: bits must not depend on the slot (scheduler, Pool).
+    """
+    terms = torch.softmax(logits, -1) * torch.log_softmax(logits, -1)
+    terms = nn.functional.pad(terms, (0, -terms.shape[-1] % LINE))
+    return (-terms.sum((1, 2)) / terms.shape[1]).unsqueeze(-1), (-terms.sum(-1)).amax(-1, keepdim=True)
+
+
+def relative_change(before: Tensor, after: Tensor) -> Tensor:
+    """Root mean square of the change of a state [slots, n, hidden] against that of the state, [slots, 1]."""
+    moved = (after - before).float().square().mean((1, 2)).sqrt()
+    size = before.float().square().mean((1, 2)).sqrt()
+    return (moved / (size + 1e-12)).unsqueeze(-1)
+
+
 class Encode(nn.Module):
     def __init__(self, model: HRM) -> None:
         super().__init__()
@@ -123,21 +142,9 @@ class Refine(nn.Module):
         before = self.model.logits(z_H).argmax(-1)
         next_H, next_L, q = self.model.step(context, z_H, z_L)
         logits = self.model.logits(next_H).float()
-        # CPU kernels of Log and of sums treat the head and tail of a memory block differently from its middle, so that
-        # the last bit would depend on a slot's row. LogSoftmax works row by row, and with the vocabulary padded to whole
-        # 64-byte lines every slot begins at the same alignment: bits must not depend on the slot (scheduler, Pool).
-        terms = torch.softmax(logits, -1) * torch.log_softmax(logits, -1)
-        terms = nn.functional.pad(terms, (0, -terms.shape[-1] % LINE))
-        entropy = -terms.sum(-1)
-        entropy_mean = -terms.sum((1, 2)) / terms.shape[1]
+        mean, largest = entropies(logits)
         changed = (logits.argmax(-1) != before).float().mean(-1, keepdim=True)
-        moved = (next_H - z_H).float().square().mean((1, 2)).sqrt()
-        size = z_H.float().square().mean((1, 2)).sqrt()
-        signals = torch.cat(
-            (q, entropy_mean.unsqueeze(-1), entropy.amax(-1, keepdim=True), changed,
-             (moved / (size + 1e-12)).unsqueeze(-1)), dim=-1
-        )  # fmt: skip
-        return next_H, next_L, signals
+        return next_H, next_L, torch.cat((q, mean, largest, changed, relative_change(z_H, next_H)), dim=-1)
 
 
 class Decode(nn.Module):

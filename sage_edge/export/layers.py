@@ -84,9 +84,12 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rotate x [slots, heads, positions, head_dim]."""
+        """Rotate x [slots, heads, positions, head_dim]; fewer positions than the tables have are the first ones."""
+        cos, sin = self.cos, self.sin
+        if x.shape[-2] != len(cos):
+            cos, sin = cos[: x.shape[-2]], sin[: x.shape[-2]]
         low, high = x.chunk(2, dim=-1)
-        return x * self.cos + torch.cat((-high, low), dim=-1) * self.sin
+        return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -99,8 +102,11 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(hidden_size, 3 * hidden_size, bias=False)
         self.o_proj = Linear(hidden_size, hidden_size, bias=False)
 
-    def weights(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """Attention weights [slots, heads, positions, positions], rows summing to 1, and values [.., head_dim]."""
+    def weights(self, x: Tensor, rotary: Rotary | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Attention weights [slots, heads, positions, positions], rows summing to 1, and values [.., head_dim].
+
+        bias is added to the scores and must broadcast to them: padding gets a large negative number.
+        """
         slots, positions, _ = x.shape
         q, k, v = (
             part.view(slots, positions, self.num_heads, self.head_dim).transpose(1, 2)
@@ -108,10 +114,11 @@ class Attention(nn.Module):
         )
         if rotary is not None:
             q, k = rotary(q), rotary(k)
-        return torch.softmax((q * self.head_dim**-0.5) @ k.transpose(-1, -2), dim=-1), v
+        scores = (q * self.head_dim**-0.5) @ k.transpose(-1, -2)
+        return torch.softmax(scores if bias is None else scores + bias, dim=-1), v
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
-        weight, v = self.weights(x, rotary)
+    def forward(self, x: Tensor, rotary: Rotary | None, bias: Tensor | None = None) -> Tensor:
+        weight, v = self.weights(x, rotary, bias)
         out: Tensor = self.o_proj((weight @ v).transpose(1, 2).reshape(x.shape))
         return out
 
@@ -140,8 +147,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(hidden_size, expansion)
         self.eps = eps
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
-        x = rms_norm(x + self.self_attn(x, rotary), self.eps)
+    def forward(self, x: Tensor, rotary: Rotary | None, bias: Tensor | None = None) -> Tensor:
+        x = rms_norm(x + self.self_attn(x, rotary, bias), self.eps)
         return rms_norm(x + self.mlp(x), self.eps)
 
 
@@ -152,8 +159,8 @@ class ReasoningModule(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, state: Tensor, injection: Tensor, rotary: Rotary | None) -> Tensor:
+    def forward(self, state: Tensor, injection: Tensor, rotary: Rotary | None, bias: Tensor | None = None) -> Tensor:
         x = state + injection
         for layer in self.layers:
-            x = layer(x, rotary)
+            x = layer(x, rotary, bias)
         return x

@@ -149,6 +149,7 @@ def tabulate(traces: Traces, families: Sequence[str], loss: Loss) -> tuple[Table
     Raises InputError when none of them is given, or when a loss leaves [0, 1].
     """
     given = set(traces.names)
+    given |= {"energy"} if "entropy_mean" in given else set()  # a bare engine's entropy is its energy
     wanted = [path for family in families for path in paths(family, traces.steps)]
     usable = [path for path in wanted if needs(path) <= given]
     if not usable:

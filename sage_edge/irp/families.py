@@ -15,10 +15,14 @@ from sage_edge.errors import InputError
 
 FULL = "full"
 FAMILIES = ("learned", "entropy", "entropy_max", "patience", "slope", "combined")
+PLUGIN_FAMILIES = (*FAMILIES, "energy")  # of an engine, `energy` would be `entropy` again
 
 # Logits: fine around 0 and coarse far out. Nats: even on a logarithmic scale, up to a vocabulary of a thousand tokens.
 MARGINS = tuple(float(f"{v:.3g}") for v in np.sinh(np.linspace(4.5, -4.5, 181)))
 NATS = tuple(float(f"{v:.3g}") for v in np.geomspace(1e-6, 7, 160))
+# A plugin's energy may have any unit and either sign; from far below (hardly ever reached, so: careful) to far above.
+_SIZES = tuple(float(f"{v:.3g}") for v in np.geomspace(1e-6, 1e4, 241))
+ENERGIES = (*(-v for v in reversed(_SIZES)), *_SIZES)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def paths(family: str, steps: int) -> tuple[Path, ...]:
         return (_path(family, "learned:{}", MARGINS),)
     if family in ("entropy", "entropy_max"):
         return (_path(family, family + ":{}", NATS),)
+    if family == "energy":
+        return (_path(family, "energy:{}", ENERGIES),)
     if family == "patience":
         return (Path(family, (FULL, *(f"patience:{n}" for n in patience)), (None, *map(float, patience))),)
     if family == "slope":
@@ -57,7 +63,7 @@ def paths(family: str, steps: int) -> tuple[Path, ...]:
             if n < steps
             for signal, grid in (("learned", MARGINS), ("entropy_max", NATS))
         )
-    raise InputError(f"policy family {family!r} is not known; use {', '.join(FAMILIES)}")
+    raise InputError(f"policy family {family!r} is not known; use {', '.join(PLUGIN_FAMILIES)}")
 
 
 def acceptance_paths() -> tuple[Path, ...]:
@@ -70,9 +76,9 @@ def acceptance_paths() -> tuple[Path, ...]:
 
 
 def needs(path: Path) -> frozenset[str]:
-    """The signals that a path's policies read."""
+    """The signals that a path's policies read; `energy` stands for what `History.energy` finds."""
     text = path.policies[-1]
     table = {"learned": ("q_halt", "q_continue"), "entropy_max": ("entropy_max",), "entropy": ("entropy_mean",),
-             "patience": ("changed",), "slope": ("entropy_mean",)}  # fmt: skip
+             "patience": ("changed",), "slope": ("energy",), "energy": ("energy",)}  # fmt: skip
     names = {part.partition(":")[0] for part in text.split() if part != "or"}
     return frozenset(signal for name in names for signal in table[name])

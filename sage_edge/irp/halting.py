@@ -1,8 +1,9 @@
 """Halting policies: pure functions over the history of signals.
 
 A policy is written as text: `learned`, `learned:1.5`, `patience:2`, `entropy:0.05`, `entropy_max:0.3`, `slope:0.01,3`,
-`max_steps:6`, `deadline:20`, joined with `and`, `or` and parentheses, e.g. `learned or deadline:20`. The model's own
-maximum of steps always holds as well. The text of a policy reads back as the same policy, to the last bit of a threshold.
+`energy:0.1`, `feasible:0`, `max_steps:6`, `deadline:20`, joined with `and`, `or` and parentheses, e.g.
+`learned or deadline:20`. The model's own maximum of steps always holds as well. The text of a policy reads back as the
+same policy, to the last bit of a threshold.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sage_edge.errors import InputError
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
-ENERGY = "entropy_mean"
+ENERGY = ("energy", "entropy_mean")  # a plugin's own energy; for a bare engine, its mean token entropy
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class History:
         values = self.signals[np.arange(len(index)), np.maximum(index, 0), self.names.index(name)]
         known: Floats = np.where(index >= 0, values, np.float32(np.nan)).astype(np.float32)
         return known
+
+    def energy(self, back: int = 0) -> Floats:
+        """The energy of each request `back` steps ago, [n]: signal `energy`, else `entropy_mean`."""
+        return self.at(next((name for name in ENERGY if name in self.names), ENERGY[0]), back)
 
 
 def number(value: float) -> str:
@@ -145,11 +150,38 @@ class Slope(Policy):
     window: int
 
     def halts(self, history: History) -> Bools:
-        fall = (history.at(ENERGY, self.window) - history.at(ENERGY)) / self.window
+        fall = (history.energy(self.window) - history.energy()) / self.window
         return fall < self.epsilon  # NaN, where the window is not full, compares false
 
     def __str__(self) -> str:
         return f"slope:{number(self.epsilon)},{self.window}"
+
+
+@dataclass(frozen=True)
+class EnergyBelow(Policy):
+    """Stop when the energy is below `threshold` (in the plugin's own unit, any sign)."""
+
+    threshold: float
+
+    def halts(self, history: History) -> Bools:
+        return history.energy() < self.threshold
+
+    def __str__(self) -> str:
+        return f"energy:{number(self.threshold)}"
+
+
+@dataclass(frozen=True)
+class Feasible(Policy):
+    """Stop when the constraints hold with at least `margin`: signal `margin`, which a plugin with hard constraints gives
+    (positive: all hold; in the unit of its constraints)."""
+
+    margin: float = 0.0
+
+    def halts(self, history: History) -> Bools:
+        return history.at("margin") >= self.margin
+
+    def __str__(self) -> str:
+        return f"feasible:{number(self.margin)}" if self.margin else "feasible"
 
 
 @dataclass(frozen=True)
@@ -198,8 +230,8 @@ class AllOf(Policy):
 
 
 HELP = (
-    "learned[:MARGIN] | patience:STEPS | entropy:NATS | entropy_max:NATS | slope:EPSILON,WINDOW | deadline:MS | "
-    "max_steps:N | full, joined with `and`, `or` and parentheses"
+    "learned[:MARGIN] | patience:STEPS | entropy:NATS | entropy_max:NATS | slope:EPSILON,WINDOW | energy:E | "
+    "feasible[:MARGIN] | deadline:MS | max_steps:N | full, joined with `and`, `or` and parentheses"
 )
 
 
@@ -216,6 +248,13 @@ def parse_policy(text: str, max_steps: int) -> Policy:
     if rest:
         raise InputError(f"halting policy {text!r}: {rest[0]!r} is not expected there; use {HELP}")
     return AnyOf((*(policy.parts if isinstance(policy, AnyOf) else (policy,)), limit))
+
+
+def limited(halt: str | Policy, limit: int) -> Policy:
+    """The policy that `halt` is or names, never beyond `limit` steps. Raises InputError for a text not understood."""
+    if isinstance(halt, str):
+        return parse_policy(halt, limit)
+    return AnyOf((*(halt.parts if isinstance(halt, AnyOf) else (halt,)), MaxSteps(limit)))
 
 
 def _either(tokens: list[str], text: str) -> tuple[Policy, list[str]]:
@@ -265,14 +304,20 @@ def _build(name: str, arguments: list[str]) -> Policy:
             raise ValueError(value)
         return number
 
+    def finite(value: str) -> float:
+        if not abs(number := float(value)) < float("inf"):
+            raise ValueError(value)
+        return number
+
     if name == "slope":
         epsilon, window = arguments or ("0.01", "3")
         return Slope(positive(epsilon), whole(window))
     if name == "learned":
         (margin,) = arguments or ("0",)
-        if not abs(float(margin)) < float("inf"):
-            raise ValueError(margin)
-        return Learned(float(margin))
+        return Learned(finite(margin))
+    if name == "feasible":
+        (margin,) = arguments or ("0",)
+        return Feasible(finite(margin))
     (value,) = arguments or {"patience": ("2",), "entropy": ("0.05",), "entropy_max": ("0.1",)}[name]
     if name == "patience":
         return Patience(whole(value))
@@ -280,6 +325,8 @@ def _build(name: str, arguments: list[str]) -> Policy:
         return Entropy(positive(value))
     if name == "entropy_max":
         return EntropyMax(positive(value))
+    if name == "energy":
+        return EnergyBelow(finite(value))
     if name == "deadline":
         return Deadline(positive(value))
     if name == "max_steps":

@@ -1,0 +1,275 @@
+"""Measure the shipped language model: accuracy, damaged words, halting, out-of-scope commands, a linear model beside.
+
+    python -m plugins_irp.language.measure [--data DATA] [-o results.json]
+
+Everything is chosen and calibrated on the calibration half of CLINC150's validation split (and oos_train), and reported on
+the other half (and oos_val). Damage is seeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from sage_edge.device import machine
+from sage_edge.errors import SageError
+from sage_edge.files import sha256, write_atomic
+from sage_edge.irp.calibrate import Calibration, Promise, calibrate
+from sage_edge.irp.families import PLUGIN_FAMILIES
+from sage_edge.irp.plugin import Examples
+from sage_edge.irp.spec import load_spec
+from sage_edge.irp.traces import Traces, steps_taken
+from sage_edge.runtime import Session
+
+from .corrupt import mask_words, typo
+from .data import Pair, Texts, data_folder, load_texts
+from .linear import KINDS, Linear
+from .plugin import FOLDER, Language
+from .tokens import MASK
+
+SEED = 7
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+def drop_words(text: str, rate: float, rng: np.random.Generator) -> str:
+    """`text` without each word with probability `rate`; the last word left is kept."""
+    words = text.split()
+    kept = [word for word, draw in zip(words, rng.random(len(words)), strict=True) if draw >= rate]
+    return " ".join(kept or words[:1])
+
+
+def mistype_words(text: str, rate: float, rng: np.random.Generator) -> str:
+    """`text` with one mistyped letter in each word with probability `rate`."""
+    return " ".join(typo(word, rng) if rng.random() < rate else word for word in text.split())
+
+
+Damage = Callable[[str, np.random.Generator], str]
+DAMAGES: dict[str, Damage] = {
+    "none": lambda text, rng: text,
+    "10 % masked": lambda text, rng: mask_words(text, 0.1, MASK, rng),
+    "20 % masked": lambda text, rng: mask_words(text, 0.2, MASK, rng),
+    "30 % masked": lambda text, rng: mask_words(text, 0.3, MASK, rng),
+    "20 % dropped": lambda text, rng: drop_words(text, 0.2, rng),
+    "20 % mistyped": lambda text, rng: mistype_words(text, 0.2, rng),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """n texts over s steps. signals float32 [n, s, 1 + k], the plugin's energy first; shares float [n, s, intents]; filled
+    int [n, seq_len] and filled_probability float of the last step."""
+
+    signals: npt.NDArray[np.float32]
+    shares: Floats
+    filled: npt.NDArray[np.int64]
+    filled_probability: Floats
+
+    def right(self, plugin: Language, intents: Sequence[str]) -> Bools:
+        """bool [n, s]."""
+        wanted = np.array([plugin.file.intents.index(intent) for intent in intents])
+        return np.asarray(self.shares.argmax(-1) == wanted[:, None], bool)
+
+
+def run_texts(plugin: Language, texts: Sequence[str]) -> Run:
+    """All steps of every text, in batches as large as the engine's."""
+    rows = plugin.tokens.batch((plugin.tokens.encode(text) for text in texts), plugin.file.config.seq_len)
+    kept: dict[str, list[Any]] = {"signals": [], "shares": [], "filled": [], "filled_probability": []}
+    for _, arrays in Session(plugin.runner).all_steps({"tokens": rows}, plugin.max_steps):
+        logits = arrays["logits"][:, :, 0].astype(np.float64)
+        shares = np.exp(logits - logits.max(-1, keepdims=True))
+        kept["shares"].append((shares / shares.sum(-1, keepdims=True)).transpose(1, 0, 2))
+        signals = arrays["signals"].transpose(1, 0, 2)
+        energy = np.array([[[plugin.energy_of(step[None])] for step in row] for row in signals], np.float32)
+        kept["signals"].append(np.concatenate((energy, signals), -1))
+        kept["filled"].append(arrays["filled"][-1])
+        kept["filled_probability"].append(arrays["filled_probability"][-1])
+    return Run(**{name: np.concatenate(parts) for name, parts in kept.items()})
+
+
+def damaged(pairs: Sequence[Pair], damage: Damage) -> tuple[list[str], list[str]]:
+    """(texts, intents) under one kind of damage; the same each time."""
+    rng = np.random.default_rng(SEED)
+    return [damage(text, rng) for text, _ in pairs], [intent for _, intent in pairs]
+
+
+def interval(right: Bools) -> tuple[float, float]:
+    """Mean and its standard error, in per cent."""
+    rate = float(right.mean())
+    return 100 * rate, 100 * math.sqrt(rate * (1 - rate) / len(right))
+
+
+def accuracy(plugin: Language, pairs: Sequence[Pair], linear: Sequence[Linear], policy: str) -> list[dict[str, Any]]:
+    """One row a kind of damage: the model after each step, halted, and the linear models."""
+    rows = []
+    for name, damage in DAMAGES.items():
+        texts, intents = damaged(pairs, damage)
+        run = run_texts(plugin, texts)
+        right = run.right(plugin, intents)
+        taken = steps_taken(traces_of(plugin, run, right), policy)
+        full, error = interval(right[:, -1])
+        rows.append({
+            "damage": name, "full": full, "standard_error": error,
+            "per_step": [interval(right[:, step])[0] for step in range(plugin.max_steps)],
+            "halted": interval(right[np.arange(len(right)), taken - 1])[0], "steps": float(taken.mean()),
+            "linear": {kind: interval(model.right(texts, intents))[0] for kind, model in zip(KINDS, linear, strict=True)},
+        })  # fmt: skip
+    return rows
+
+
+def traces_of(plugin: Language, run: Run, right: Bools) -> Traces:
+    return Traces(run.signals, right, right.astype(np.float64), plugin.signals)
+
+
+def examples_run(plugin: Language, examples: Examples) -> tuple[Traces, Floats]:
+    """Traces of what halting is calibrated and measured on, and the share of masked words of each."""
+    run = run_texts(plugin, [str(observation["text"]) for observation in examples.observations])
+    return traces_of(plugin, run, run.right(plugin, examples.references)), np.asarray(examples.groups["masked"])
+
+
+def halting(plugin: Language, texts: Texts) -> tuple[Calibration, list[dict[str, Any]]]:
+    """The certificate from the calibration half, and what it does on the report half, by share of masked words."""
+    calibration = calibrate(examples_run(plugin, texts.examples("calibration"))[0], Promise(), PLUGIN_FAMILIES)
+    traces, masked = examples_run(plugin, texts.examples("report"))
+    taken = steps_taken(traces, calibration.chosen.policy)
+    first = np.where(traces.exact.any(1), traces.exact.argmax(1) + 1, traces.steps)
+    rows = []
+    for name, part in [("all", masked >= 0), *((f"{value:g} %", masked == value) for value in np.unique(masked))]:
+        index = np.flatnonzero(part)
+        lost = traces.exact[index, -1] & ~traces.exact[index, taken[index] - 1]
+        rows.append({
+            "masked": name, "examples": len(index), "full": interval(traces.exact[index, -1])[0],
+            "halted": interval(traces.exact[index, taken[index] - 1])[0], "lost": 100 * float(lost.mean()),
+            "steps": float(taken[index].mean()), "saved": 100 * (1 - float(taken[index].mean()) / traces.steps),
+            "oracle": interval(np.asarray(traces.exact[index].any(1), bool))[0], "oracle_steps": float(first[index].mean()),
+        })  # fmt: skip
+    return calibration, rows
+
+
+def auroc(inside: Floats, outside: Floats) -> float:
+    """Probability that a command in scope has a higher score than one out of scope (ties count half)."""
+    return float((inside[:, None] > outside).mean() + 0.5 * (inside[:, None] == outside).mean())
+
+
+def scope(plugin: Language, texts: Texts) -> dict[str, Any]:
+    """Out-of-scope commands by the probability of the likeliest intent: thresholds from the calibration half, results on
+    the other. `balanced` weighs in-scope and out-of-scope errors alike; the others accept a share of false alarms."""
+
+    def scores(items: Sequence[str]) -> Floats:
+        return np.asarray(run_texts(plugin, items).shares[:, -1].max(-1), np.float64)
+
+    inside, outside = scores([t for t, _ in texts.calibration]), scores(texts.oos_calibration)
+    report, strange = [t for t, _ in texts.report], scores(texts.oos_report)
+    run = run_texts(plugin, report)
+    known, right = run.shares[:, -1].max(-1), run.right(plugin, [i for _, i in texts.report])[:, -1]
+    grid = np.unique(np.concatenate((inside, outside)))
+    balance = [(inside >= t).mean() + (outside < t).mean() for t in grid]
+    thresholds = {"balanced": float(grid[int(np.argmax(balance))])}
+    thresholds |= {f"{alarms} % false alarms": float(np.quantile(inside, alarms / 100)) for alarms in (2, 5, 10)}
+    rows = [
+        {
+            "threshold": name, "value": value, "oos_recall": 100 * float((strange < value).mean()),
+            "in_scope_rejected": 100 * float((known < value).mean()),
+            "in_scope_right": 100 * float(((known >= value) & right).mean()),
+        }
+        for name, value in thresholds.items()
+    ]  # fmt: skip
+    return {"auroc_calibration": auroc(inside, outside), "auroc_report": auroc(known, strange), "rows": rows}
+
+
+def filling(plugin: Language, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Share of masked words that are filled with the very word (20 % masked), and what repair does to mistyped ones."""
+    rng = np.random.default_rng(SEED)
+    whole = [plugin.tokens.normalise(text) for text, _ in pairs]
+    hidden = [mask_words(text, 0.2, MASK, rng) for text in whole]
+    run = run_texts(plugin, hidden)
+    guess = [plugin.understood(t, f, p) for t, f, p in zip(hidden, run.filled, run.filled_probability, strict=True)]
+    right = [a == c for h, g, w in zip(hidden, guess, whole, strict=True)
+             for a, b, c in zip(g.split(), h.split(), w.split(), strict=True) if b == MASK]  # fmt: skip
+    wrong = [mistype_words(text, 0.2, rng) for text in whole]
+    run = run_texts(plugin, wrong)
+    mended = [plugin.understood(t, f, p) for t, f, p in zip(wrong, run.filled, run.filled_probability, strict=True)]
+    triples = [t for m, b, w in zip(mended, wrong, whole, strict=True) for t in
+               zip(m.split(), b.split(), w.split(), strict=True)]  # fmt: skip
+    changed = [(m, b, w) for m, b, w in triples if m != b]
+    broken = [(m, b, w) for m, b, w in triples if b != w]
+    return {
+        "masked_words": len(right), "filled_right": 100 * float(np.mean(right)),
+        "mistyped_words": len(broken), "repaired": 100 * float(np.mean([m == w for m, _, w in broken])),
+        "replaced_words": len(changed),
+        "replaced_right": 100 * float(np.mean([m == w for m, _, w in changed])) if changed else None,
+    }  # fmt: skip
+
+
+def measure(plugin: Language, texts: Texts) -> dict[str, Any]:
+    """Everything; the plugin is active."""
+    linear = [Linear(texts.train, kind) for kind in KINDS]
+    calibration, rows = halting(plugin, texts)
+    return {
+        "weights_sha256": plugin.file.weights_sha256, "tokenizer_sha256": sha256(plugin.tokens.path),
+        "machine": asdict(machine()), "command": "python -m plugins_irp.language.measure " + " ".join(sys.argv[1:]),
+        "examples": {"report": len(texts.report), "calibration": len(texts.calibration),
+                     "oos_report": len(texts.oos_report), "oos_calibration": len(texts.oos_calibration)},
+        "accuracy": accuracy(plugin, texts.report, linear, calibration.chosen.policy),
+        "certified": asdict(calibration.chosen), "families": [asdict(f) for f in calibration.families], "halting": rows,
+        "scope": scope(plugin, texts), "filling": filling(plugin, texts.report),
+    }  # fmt: skip
+
+
+def show(console: Console, found: dict[str, Any]) -> None:
+    """The results as tables."""
+
+    def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        made = Table(title=title, title_justify="left")
+        for name in head:
+            made.add_column(name, justify="left" if name == head[0] else "right")
+        for row in rows:
+            made.add_row(*row)
+        console.print(made)
+
+    table("in-scope accuracy, %, report half", ("damage", "full", "± s.e.", "halted", "steps", "per step", *KINDS),
+          [(r["damage"], f"{r['full']:.1f}", f"{r['standard_error']:.1f}", f"{r['halted']:.1f}", f"{r['steps']:.2f}",
+            " ".join(f"{v:.1f}" for v in r["per_step"]), *(f"{r['linear'][k]:.1f}" for k in KINDS))
+           for r in found["accuracy"]])  # fmt: skip
+    table(f"halting, certified: {found['certified']['policy']}",
+          ("masked", "examples", "full", "halted", "lost", "steps", "saved", "oracle", "its steps"),
+          [(r["masked"], str(r["examples"]), *(f"{r[k]:.1f}" for k in ("full", "halted", "lost")), f"{r['steps']:.2f}",
+            f"{r['saved']:.0f} %", f"{r['oracle']:.1f}", f"{r['oracle_steps']:.2f}") for r in found["halting"]])  # fmt: skip
+    table(f"out of scope, AUROC {found['scope']['auroc_report']:.3f}",
+          ("threshold", "value", "out-of-scope recall", "in scope rejected", "in scope right"),
+          [(r["threshold"], f"{r['value']:.3f}", f"{r['oos_recall']:.1f}", f"{r['in_scope_rejected']:.1f}",
+            f"{r['in_scope_right']:.1f}") for r in found["scope"]["rows"]])  # fmt: skip
+    console.print(found["filling"])
+
+
+def main() -> None:
+    """Command line; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=data_folder(), help="folder with clinc150_train_val.json.gz")
+    parser.add_argument("--limit", type=int, help="only this many sentences of each part, for a quick look")
+    parser.add_argument("-o", "--output", type=Path, help="write the results as JSON")
+    arguments = parser.parse_args()
+    try:
+        spec = load_spec(FOLDER)
+        with Language(spec, **spec.options) as plugin:
+            found = measure(plugin, load_texts(arguments.data).first(arguments.limit))
+    except SageError as error:
+        raise SystemExit(f"error: {error}") from error
+    show(Console(width=150), found)
+    if arguments.output:
+        write_atomic(arguments.output, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

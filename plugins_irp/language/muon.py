@@ -1,0 +1,46 @@
+"""Muon: momentum whose update of each matrix is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+`torch.optim.Muon` computes the Newton-Schulz iteration in bfloat16, which a CPU without bfloat16 units does several times
+slower than float32: at this model's size that was a third of the training time. This one computes in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+# The quintic's coefficients of the source: steep at 0, so that five iterations bring singular values near 1.
+A, B, C = 3.4445, -4.7750, 2.0315
+
+
+def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """A matrix with the singular vectors of `matrix` [n, m] and singular values near 1."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x: Tensor = matrix.t() if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.t()
+        x = A * x + (B * gram + C * gram @ gram) @ x
+    return x.t() if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices only. The update has the root mean square of an AdamW update (0.2), so the learning rate may be shared
+    (arXiv 2502.16982, section 2.2); Nesterov momentum, decoupled weight decay."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(buffer, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)

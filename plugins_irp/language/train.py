@@ -1,0 +1,317 @@
+"""Train the language plugin's model on CLINC150.
+
+    python -m plugins_irp.language.train --data DATA --run RUN      # resumes from RUN when it holds a state
+
+An optimiser step takes a batch of training sentences, each damaged anew (corrupt.py): some steps of refinement without
+gradients, so that late steps are practised too, then `--segment` steps with gradients and the loss after each (deep
+supervision, arXiv 2506.21734). Loss: cross-entropy of the intent, and of the words that should stand at damaged places;
+the halting heads learn whether this step's intent is right (q_halt) and whether the next one's will be (q_continue).
+RUN gets tokenizer.json, state.pt (to resume), log.csv and, at the end, model/ and learning-curve.png. `seconds` in the log are
+CPU seconds on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from sage_edge.errors import SageError
+from sage_edge.export.learning_curve import keep_until, plot
+
+from .corrupt import IGNORE, Rates, Vocabulary, damage
+from .data import Pair, Texts, load_texts
+from .facts import LanguageConfig
+from .graphs import save_model
+from .model import LanguageModel, WordTable
+from .muon import Muon
+from .tokens import TOKENIZER, Tokens, train_tokenizer
+
+BLIND = (0, 0, 0, 1, 2, 3)  # steps without gradients before the segment, drawn evenly
+LIGHT = Rates(mask=0.05, typo=0.02, cut=0.1)
+
+
+class Stream:
+    """Endless shuffled batches of damaged training sentences; those of a batch are of like length."""
+
+    def __init__(self, texts: Texts, tokens: Tokens, batch: int, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.vocabulary = Vocabulary(tokens.mask, tokens.empty, tokens.pieces)
+        self.batch = batch
+        number = {name: i for i, name in enumerate(texts.intents)}
+        self.words = [tokens.normalise(text).split() for text, _ in texts.train]
+        self.labels = np.array([number[intent] for _, intent in texts.train])
+        self.length = np.array([len(w) for w in self.words])
+        self.queue: list[list[int]] = []
+
+    def refill(self) -> None:
+        """One epoch: shuffled, sorted by length within stretches of 16 batches."""
+        order = self.rng.permutation(len(self.words))
+        stretch = 16 * self.batch
+        parts = (order[i : i + stretch] for i in range(0, len(order), stretch))
+        flat = np.concatenate([part[np.argsort(self.length[part], kind="stable")] for part in parts])
+        cut = [flat[i : i + self.batch].tolist() for i in range(0, len(flat) - self.batch + 1, self.batch)]
+        self.queue = [cut[i] for i in self.rng.permutation(len(cut))]
+
+    def rates(self) -> Rates:
+        """A quarter of the sentences gets little damage, the others any amount up to half of their words."""
+        draw, mask, drop = self.rng.random(3)
+        return LIGHT if draw < 0.25 else Rates(mask=0.5 * mask, drop=0.1 * drop, typo=0.06, cut=0.1)
+
+    def draw(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens int32 [batch, n], targets int64 [batch, n], intents int64 [batch]; n at most `limit`."""
+        if not self.queue:
+            self.refill()
+        rows = self.queue.pop()
+        pairs = [damage(self.words[r], self.rates(), self.vocabulary, self.rng) for r in rows]
+        longest = min(limit, max(len(t) for t, _ in pairs))
+        tokens = np.zeros((len(rows), longest), np.int32)
+        targets = np.full((len(rows), longest), IGNORE, np.int64)
+        for at, (found, wanted) in enumerate(pairs):
+            tokens[at, : len(found)], targets[at, : len(found)] = found[:longest], wanted[:longest]
+        return torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(self.labels[rows])
+
+
+class Check:
+    """Calibration sentences with a fixed share of masked words, in batches of like length."""
+
+    def __init__(self, pairs: tuple[Pair, ...], intents: tuple[str, ...], tokens: Tokens, rate: float) -> None:
+        rng = np.random.default_rng(1)
+        vocabulary = Vocabulary(tokens.mask, tokens.empty, tokens.pieces)
+        rows = [damage(tokens.normalise(text).split(), Rates(mask=rate), vocabulary, rng)[0] for text, _ in pairs]
+        labels = [intents.index(intent) for _, intent in pairs]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        self.batches = []
+        for start in range(0, len(order), 250):
+            part = order[start : start + 250]
+            array = tokens.batch([rows[i] for i in part], len(rows[part[-1]]))
+            self.batches.append((torch.from_numpy(array), torch.tensor([labels[i] for i in part])))
+
+    @torch.no_grad()
+    def accuracy(self, model: LanguageModel, device: torch.device) -> float:
+        """Share of right intents after all steps."""
+        right = total = 0
+        for tokens, labels in self.batches:
+            context, attend, meaning, words = model.encode(tokens.to(device))
+            for _ in range(model.config.max_steps):
+                meaning, words = model.step(context, attend, meaning, words)
+            right += int((model.intent_logits(meaning)[:, 0].argmax(-1).cpu() == labels).sum())
+            total += len(labels)
+        return right / total
+
+
+class Ema:
+    """Exponential moving average of all parameters."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in model.named_parameters():
+            self.shadow[name].lerp_(p, 1 - decay)
+
+
+class Trainer:
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        self.args = args
+        self.device = torch.device(args.device)
+        self.texts = load_texts(args.data)
+        path = args.run / TOKENIZER
+        if not path.exists():
+            train_tokenizer((text for text, _ in self.texts.train), args.vocab, path)
+        tokens = Tokens(path)
+        self.config = LanguageConfig(
+            tokens.size, len(self.texts.intents), embedding=args.embedding, hidden_size=args.hidden,
+            num_heads=args.heads, layers=args.layers, max_steps=args.max_steps,
+        )  # fmt: skip
+        self.model = LanguageModel(self.config)
+        self.model.embed_tokens.requires_grad_(False)  # the table is made of n-grams until the end
+        self.table = WordTable(tokens.names, self.config.embedding)
+        self.both = nn.ModuleList([self.model, self.table]).to(self.device)
+        self.stream = Stream(self.texts, tokens, args.batch, args.seed)
+        named = [(n, p) for n, p in self.both.named_parameters() if p.requires_grad]
+        matrices = [p for n, p in named if ".core." in n]
+        others = [p for n, p in named if ".core." not in n]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr=args.lr),
+            torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True),
+        ]
+        self.ema = Ema(self.both, args.ema)
+        self.step, self.seconds = 0, 0.0
+        chosen = self.texts.calibration
+        self.checks = {rate: Check(chosen, self.texts.intents, tokens, rate) for rate in (0.0, 0.2)}
+
+    def train_step(self) -> dict[str, float]:
+        args, model = self.args, self.model
+        tokens, targets, intents = (t.to(self.device) for t in self.stream.draw(self.config.seq_len))
+        table = self.table.folded()
+        context, attend, meaning, words = model.encode(tokens, table)
+        context = F.dropout(context, args.dropout)
+        with torch.no_grad():
+            for _ in range(int(self.stream.rng.choice(BLIND))):
+                meaning, words = model.step(context, attend, meaning, words)
+        losses, rights, q = [], [], []
+        for _ in range(args.segment):
+            meaning, words = model.step(context, attend, meaning, words)
+            logits = model.intent_logits(F.dropout(meaning, args.dropout))[:, 0]
+            losses.append(F.cross_entropy(logits, intents, label_smoothing=0.1))
+            rights.append((logits.argmax(-1) == intents).float())
+            q.append(model.q_values(meaning.detach()))
+        # All places with damage, and a fifth of the intact ones.
+        chosen = (targets != IGNORE) & ((targets != tokens) | (torch.rand(targets.shape, device=self.device) < 0.2))
+        word = F.cross_entropy(model.word_logits(F.dropout(words[chosen], args.dropout), table), targets[chosen])
+        halt = [F.binary_cross_entropy_with_logits(v[:, 0], r) for v, r in zip(q, rights, strict=True)]
+        more = [F.binary_cross_entropy_with_logits(v[:, 1], r) for v, r in zip(q[:-1], rights[1:], strict=True)]
+        intent = torch.stack(losses).mean()
+        loss = intent + args.word_weight * word + 0.1 * torch.stack(halt + more).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.both.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.ema.update(self.both, self.step)
+        return {"loss": float(loss.detach()), "intent_loss": float(intent.detach()), "word_loss": float(word.detach()),
+                "train_accuracy": float(rights[-1].mean())}  # fmt: skip
+
+    def learning_rate(self) -> float:
+        """Warm up over 100 steps, hold, then fall linearly to 2 % over the last part of the run."""
+        args = self.args
+        falling = (args.steps - self.step) / max(1.0, args.decay * args.steps)
+        return float(args.lr * min(1.0, (self.step + 1) / 100) * min(1.0, max(falling, 0.02)))
+
+    @torch.no_grad()
+    def averaged(self) -> LanguageModel:
+        """The model with averaged weights and a plain token table."""
+        both = copy.deepcopy(self.both)
+        both.load_state_dict(self.ema.shadow)
+        model, table = both[0], both[1]
+        assert isinstance(model, LanguageModel)
+        assert isinstance(table, WordTable)
+        model.embed_tokens.embedding_weight.copy_(table.folded())
+        return model.eval()
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy of the averaged weights on the calibration half, clean and with a fifth of the words masked."""
+        model = self.averaged()
+        return {f"val_{round(100 * rate)}": check.accuracy(model, self.device) for rate, check in self.checks.items()}
+
+    def save(self, path: Path) -> None:
+        state = {
+            "model": self.both.state_dict(), "ema": self.ema.shadow, "step": self.step, "seconds": self.seconds,
+            "optimizers": [o.state_dict() for o in self.optimizers], "torch_rng": torch.get_rng_state(),
+            "numpy_rng": self.stream.rng.bit_generator.state, "queue": self.stream.queue,
+        }  # fmt: skip
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.both.load_state_dict(state["model"])
+        self.ema.shadow = state["ema"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(state["torch_rng"].cpu())
+        self.stream.rng.bit_generator.state = state["numpy_rng"]
+        self.stream.queue = state["queue"]
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", type=Path, required=True, help="folder with clinc150_train_val.json.gz")
+    made.add_argument("--run", type=Path, required=True, help="folder for the state, the log and the model")
+    made.add_argument("--steps", type=int, default=3000, help="optimiser steps in all")
+    made.add_argument("--decay", type=float, default=0.5, help="last fraction of the run with falling learning rate")
+    made.add_argument("--batch", type=int, default=96)
+    made.add_argument("--lr", type=float, default=2e-3)
+    made.add_argument("--weight-decay", type=float, default=0.02, help="of AdamW; Muon's is 0.1")
+    made.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights")
+    made.add_argument("--vocab", type=int, default=3072, help="tokens of the tokenizer")
+    made.add_argument("--embedding", type=int, default=96)
+    made.add_argument("--hidden", type=int, default=192)
+    made.add_argument("--heads", type=int, default=4)
+    made.add_argument("--layers", type=int, default=1)
+    made.add_argument("--max-steps", type=int, default=6)
+    made.add_argument("--segment", type=int, default=2, help="refinement steps with gradients")
+    made.add_argument("--dropout", type=float, default=0.2)
+    made.add_argument("--word-weight", type=float, default=0.3)
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--log-every", type=int, default=25)
+    made.add_argument("--eval-every", type=int, default=250)
+    return made
+
+
+def train(args: argparse.Namespace, console: Console) -> None:
+    """Train to the last step and write what the module's docstring says."""
+    args.run.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(args)
+    state, log = args.run / "state.pt", args.run / "log.csv"
+    if state.exists():
+        trainer.load(state)
+        keep_until(log, trainer.step)
+        console.print(f"resumed {state} at step {trainer.step}")
+    checks = [f"val_{round(100 * rate)}" for rate in trainer.checks]
+    fields = ["step", "seconds", "lr", "loss", "intent_loss", "word_loss", "train_accuracy", *checks]
+    clock = time.process_time if trainer.device.type == "cpu" else time.perf_counter
+    new = not log.exists()
+    with log.open("a", newline="") as handle:
+        writer = csv.DictWriter(handle, fields)
+        if new:
+            writer.writeheader()
+        mean: dict[str, list[float]] = {}
+        while trainer.step < args.steps:
+            began = clock()
+            for name, value in trainer.train_step().items():
+                mean.setdefault(name, []).append(value)
+            trainer.seconds += clock() - began
+            evaluates = trainer.step % args.eval_every == 0 or trainer.step == args.steps
+            if evaluates or trainer.step % args.log_every == 0:
+                row: dict[str, Any] = {name: round(float(np.mean(v)), 4) for name, v in mean.items()}
+                row |= {"step": trainer.step, "seconds": round(trainer.seconds)}
+                row["lr"] = round(trainer.learning_rate(), 7)
+                if evaluates:
+                    row |= {name: round(value, 4) for name, value in trainer.evaluate().items()}
+                writer.writerow(row)
+                handle.flush()
+                mean.clear()
+                if evaluates:
+                    trainer.save(state)
+                    console.print({k: row[k] for k in fields}, highlight=False)
+    source = f"plugins_irp/language/train.py: {trainer.step} steps of batch {args.batch}, seed {args.seed}"
+    save_model(args.run / "model", trainer.averaged(), trainer.texts.intents, source)
+    shutil.copyfile(args.run / TOKENIZER, args.run / "model" / TOKENIZER)
+    plot(log, args.run / "learning-curve.png", {"val_0": "clean", "val_20": "20 % of words masked"}, "intent_loss")
+    console.print(f"wrote {args.run / 'model'} after {trainer.seconds / 3600:.2f} hours of training")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module."""
+    try:
+        train(parser().parse_args(arguments), Console())
+    except SageError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

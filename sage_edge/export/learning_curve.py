@@ -1,0 +1,46 @@
+"""The log of a training run: log.csv with a column `step`, and its picture."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def keep_until(log: Path, step: int) -> None:
+    """Drop what was logged after the state was saved: those steps are about to be taken again."""
+    header, *rows = log.read_text().splitlines(keepends=True)
+    temporary = log.with_suffix(".tmp")
+    temporary.write_text("".join([header, *(row for row in rows if int(row.split(",")[0]) <= step)]))
+    os.replace(temporary, log)
+
+
+def plot(log: Path, image: Path, accuracy: Mapping[str, str], loss: str) -> None:
+    """Learning curve of a log.csv: validation accuracies (column -> label) above, one loss column below, against step.
+
+    Needs matplotlib (the `train` extra).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with log.open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+
+    def column(name: str) -> tuple[list[int], list[float]]:
+        known = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
+        return [step for step, _ in known], [value for _, value in known]
+
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6))
+    for name, label in accuracy.items():
+        above.plot(*column(name), marker="o", markersize=3, label=label)
+    above.set_ylabel("accuracy, validation")
+    above.legend()
+    below.plot(*column(loss), linewidth=0.8)
+    below.set_ylabel(f"{loss.replace('_', ' ')}, training")
+    below.set_xlabel("optimiser step")
+    figure.tight_layout()
+    figure.savefig(image, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,102 @@
+"""How large the activations of the fp32 model become, over real observations and every recursion step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sage_edge.bundle import Bundle
+from sage_edge.engines.onnx_graph import known_shapes
+from sage_edge.engines.ort import open_session
+from sage_edge.runtime import batches
+from sage_edge.specs import Array
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """amax float32 [steps, values]: the largest magnitude of each of `values` at each step, over `items` observations.
+
+    channels: for each value that is [slots, positions, n], float32 [n]: the same for its last axis, over all steps.
+    """
+
+    values: tuple[str, ...]
+    amax: npt.NDArray[np.float32]
+    channels: dict[str, npt.NDArray[np.float32]]
+    items: int
+
+    @property
+    def largest(self) -> dict[str, float]:
+        """The largest magnitude of each value over all steps."""
+        return dict(zip(self.values, self.amax.max(axis=0).astype(float).tolist(), strict=True))
+
+
+def collect_ranges(
+    folder: Path, graph: Path, bundle: Bundle, values: Sequence[str], observation: dict[str, Array], threads: int,
+    progress: Callable[[int], None] | None = None,
+) -> Ranges:  # fmt: skip
+    """Run the fp32 bundle in `folder` to its last step over `observation` and keep each value's largest magnitude.
+
+    graph: the refine graph to run, that of the bundle or one with the same values; values: names of float values in it;
+    progress is called with the number of observations done.
+    """
+    model = onnx.load(str(graph), load_external_data=False)
+    names = list(dict.fromkeys(values))
+    widths = _watch(model, names)
+    carry = [spec.name for spec in bundle.model.carry]
+    edges = np.cumsum([0, *widths])
+    sizes = np.zeros((bundle.max_steps, int(edges[-1])), np.float32)
+    done = 0
+    with TemporaryDirectory(prefix="sage-edge-ranges-") as temporary:
+        path = Path(temporary) / "refine.onnx"
+        onnx.save(model, str(path))
+        encode = open_session(folder / "encode.onnx", threads, optimize=True, spin=False)
+        refine = open_session(path, threads, optimize=True)
+        checked = bundle.model.validate_observation(observation, "calibration data")
+        for batch in batches(checked, BATCH):
+            state = dict(zip([s.name for s in bundle.graphs.encode.outputs], encode.run(None, batch), strict=True))
+            for step in range(bundle.max_steps):
+                outputs = refine.run(None, state)
+                state |= dict(zip(carry, outputs[: len(carry)], strict=True))
+                sizes[step] = np.maximum(sizes[step], outputs[-1])
+            done += len(next(iter(batch.values())))
+            if progress:
+                progress(done)
+    parts = [sizes[:, edges[i] : edges[i + 1]] for i in range(len(names))]
+    channels = {name: part.max(axis=0) for name, part in zip(names, parts, strict=True) if part.shape[1] > 1}
+    return Ranges(tuple(names), np.stack([part.max(axis=1) for part in parts], axis=1), channels, done)
+
+
+def _watch(model: onnx.ModelProto, names: Sequence[str]) -> list[int]:
+    """Add one output to `model`: the largest magnitudes, float32, of each value's channels, or of the value as a whole.
+
+    Returns how many numbers each value takes there.
+    """
+    graph = model.graph
+    known = known_shapes(model)
+    graph.initializer.extend([
+        numpy_helper.from_array(np.array([-1], np.int64), "ranges/flat"),
+        numpy_helper.from_array(np.array([0, 1], np.int64), "ranges/rows"),
+    ])  # fmt: skip
+    widths = []
+    for name in names:
+        shape = known.get(name, ())
+        by_channel = len(shape) == 3 and isinstance(shape[-1], int)
+        widths.append(int(shape[-1]) if by_channel else 1)
+        axes = ["ranges/rows"] if by_channel else []
+        graph.node.extend([
+            helper.make_node("Abs", [name], [f"{name}/abs"]),
+            helper.make_node("ReduceMax", [f"{name}/abs", *axes], [f"{name}/amax"], keepdims=0),
+            helper.make_node("Reshape", [f"{name}/amax", "ranges/flat"], [f"{name}/sizes"]),
+        ])  # fmt: skip
+    graph.node.append(helper.make_node("Concat", [f"{name}/sizes" for name in names], ["ranges/all"], axis=0))
+    graph.output.append(helper.make_tensor_value_info("ranges/all", TensorProto.FLOAT, [sum(widths)]))
+    return widths
