@@ -67,8 +67,8 @@ class Mailbox:
             "dtype": None if spec.dtype is None else np.dtype(spec.dtype),
         }  # fmt: skip
         with self._opening(name, spec, arguments) as complete:
-            port = FocusPort(complete, spec, self.directory, spin_us, kind)
-        return port
+            return FocusPort(complete, spec, self.directory, spin_us, kind)
+        raise AssertionError("_opening does not swallow errors")
 
     def broadcast(self, name: str, spec: PortSpec | None = None, *, spin_us: float = DEFAULT_SPIN_US) -> BroadcastPort:
         """Open the broadcast port `name`, as `focus` does. A reader begins with what is sent from now on."""
@@ -81,8 +81,8 @@ class Mailbox:
             "record_bytes": size, "policy": 0, "per_producer": 0, "ttl_us": 0, "dtype": spec.record_dtype,
         }  # fmt: skip
         with self._opening(name, spec, arguments) as complete:
-            port = BroadcastPort(complete, spec, self.directory, spin_us)
-        return port
+            return BroadcastPort(complete, spec, self.directory, spin_us)
+        raise AssertionError("_opening does not swallow errors")
 
     def names(self) -> list[str]:
         """The ports that exist in memory now, sorted."""
@@ -196,4 +196,6 @@ def _checked(name: str) -> str:
 
 def _label() -> str:
     """What others see as this process's name: the script or module, at most 31 bytes."""
-    return Path(sys.argv[0] if sys.argv else "").name.encode("utf-8", "replace")[:31].decode("utf-8", "ignore") or "python"
+    return (
+        Path(sys.argv[0] if sys.argv else "").name.encode("utf-8", "replace")[:31].decode("utf-8", "ignore") or "python"
+    )

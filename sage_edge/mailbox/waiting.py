@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import time
@@ -50,10 +51,8 @@ class FifoWaiter:
                 loop.remove_reader(self._fd)
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):  # the timer, not a byte
             os.read(self._fd, 4096)
-        except BlockingIOError:
-            pass  # the timer, not a byte
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)

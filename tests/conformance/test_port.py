@@ -1,6 +1,7 @@
 """The contract of a port, one suite for every kind of memory and every way to share it: one handle, two, two processes.
 
-A new kind of memory joins by its name in `sage_edge.mailbox.memory.KINDS`; where its probe says no, it is skipped with the reason.
+A new kind of memory joins by its name in `sage_edge.mailbox.memory.KINDS`; where its probe says no, it is skipped with the
+reason.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class End:
         return self.items.pop(item).release()  # type: ignore[no-any-return]
 
     def publish(self, n: int) -> int:
-        return self.ring.send(np.array((n,), self.ring.record_dtype))
+        return self.ring.send(np.array([(n,)], self.ring.record_dtype))
 
     def read(self, timeout: float = 0) -> tuple[int, int, int] | None:
         record = self.ring.receive(timeout)

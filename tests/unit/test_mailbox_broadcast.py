@@ -12,6 +12,7 @@ import pytest
 from sage_edge.errors import InputError, IntegrityError
 from sage_edge.mailbox import BroadcastPort, ClosedError, FullError, Mailbox, PortSpec, Record
 from sage_edge.mailbox import layout as bytes_of
+from sage_edge.specs import Array
 from tests.mailbox_peers import RECORD
 
 
@@ -26,8 +27,8 @@ def port(mailbox: Mailbox) -> Iterator[BroadcastPort]:
         yield port
 
 
-def record(port: BroadcastPort, number: int) -> np.ndarray[tuple[()], np.dtype[np.void]]:
-    out = np.zeros((), port.record_dtype)
+def record(port: BroadcastPort, number: int) -> Array:
+    out: Array = np.zeros((), port.record_dtype)
     out["number"], out["values"] = number, number / 2
     return out
 
@@ -95,11 +96,11 @@ def test_producers_do_not_drown_each_other(mailbox: Mailbox, port: BroadcastPort
         quiet.send(record(port, 1000))
         for number in range(50):
             port.send(record(port, number))
-        numbers = {}
+        numbers: dict[int, list[int]] = {}
         while (got := reader.receive(0)) is not None:
             numbers.setdefault(got.producer, []).append(int(got["number"]))
         assert [1000] in numbers.values()
-        assert [n for n in numbers.values() if n != [1000]][0][-1] == 49
+        assert next(n for n in numbers.values() if n != [1000])[-1] == 49
 
 
 def test_more_producers_than_rings(mailbox: Mailbox, port: BroadcastPort) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sage_edge.mailbox import FocusPort, FullError, Mailbox, PortSpec, PortTable, _native, layout
+from sage_edge.mailbox import FocusPort, FullError, Loan, Mailbox, PortSpec, PortTable, _native, layout
 from tests.mailbox_peers import Peer, peer, wait_until
 
 SPEC = PortSpec("focus", 2, dtype="uint8", shape=(4096,), policy="refuse")
@@ -56,7 +56,7 @@ def test_what_the_dead_held_comes_back(mailbox: Mailbox, work: Callable[[Peer], 
             port.loan()
         other.kill(reap)
         begin = time.monotonic()
-        taken = []
+        taken: list[Loan] = []
         while len(taken) < 2:  # the policy refuses, so this asks again and again: no daemon, no hand
             try:
                 taken.append(port.loan())

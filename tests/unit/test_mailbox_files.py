@@ -17,6 +17,7 @@ import pytest
 
 from sage_edge.errors import InputError, IntegrityError, MissingDependencyError
 from sage_edge.mailbox import FocusPort, Mailbox, MismatchError, PortSpec, PortTable, StaleError, layout
+from sage_edge.mailbox.memory import memory_kind
 from tests.mailbox_peers import RECORD, TABLE, TENSOR
 
 
@@ -137,7 +138,7 @@ def test_what_is_not_there(mailbox: Mailbox) -> None:
 
 
 def header_cases() -> list[tuple[str, int, bytes, str]]:
-    fields = layout.HEADER.fields or {}
+    fields: Any = layout.HEADER.fields
     cases = [
         ("magic", 0, b"SAGEMBOY", r"magic: 584f424d45474153 was expected, the file has 594f4"),
         ("version", 8, (2).to_bytes(4, "little"), r"layout version: this program has 1, the port has 2"),
@@ -147,7 +148,9 @@ def header_cases() -> list[tuple[str, int, bytes, str]]:
                  "slot_bytes", "record_bytes", "policy", "per_producer", "spec_bytes", "flags"):  # fmt: skip
         dtype, at = fields[name][:2]
         for value in (0xFFFFFFFF, 0x80000000, 0xFFFF0000):
-            cases.append((name, int(at), value.to_bytes(4, "little") * (dtype.itemsize // 4), r"does not fit the layout"))
+            cases.append(
+                (name, int(at), value.to_bytes(4, "little") * (dtype.itemsize // 4), r"does not fit the layout")
+            )
     return cases
 
 
@@ -208,8 +211,6 @@ def test_creation_is_whole_or_nothing(mailbox: Mailbox) -> None:
 
 def test_memory_kinds_are_probed(mailbox: Mailbox) -> None:
     with pytest.raises(MissingDependencyError, match=r"memory 'no-such-kind': not in this version"):
-        from sage_edge.mailbox.memory import memory_kind
-
         memory_kind("no-such-kind")
     with mailbox.focus("huge", PortSpec("focus", 2, dtype="u1", shape=(100,), hugepages=True)) as port:
         with port.loan() as loan:
@@ -287,9 +288,10 @@ for _ in range(rounds):
     maps = [np.memmap(mailbox.directory / name, np.uint64, "r+") for name in ("tensor", "record")]
     for _ in range(60):
         memory = rng.choice(maps)
-        where = rng.choice([rng.randrange(512, len(memory)), 9248 + rng.randrange(64), rng.randrange(544, 800)])
-        value = rng.choice([0, rng.getrandbits(64), rng.getrandbits(8), (1 << 64) - 1, int(memory[where]) ^ 1 << rng.randrange(64)])
-        memory[where % len(memory)] = value
+        where = rng.choice([rng.randrange(512, len(memory)), 9248 + rng.randrange(64), rng.randrange(544, 800)]) % len(memory)
+        flipped = int(memory[where]) ^ 1 << rng.randrange(64)
+        value = rng.choice([0, rng.getrandbits(64), rng.getrandbits(8), (1 << 64) - 1, flipped])
+        memory[where] = value
         acts = (lambda: port.loan(timeout=0).send(), lambda: port.receive(0), lambda: ring.send(record),
                 lambda: ring.receive(0), ring.latest, lambda: mailbox.stats("tensor"), lambda: mailbox.tap("tensor").read(),
                 lambda: mailbox.stats("record"), lambda: mailbox.tap("record").read())
@@ -345,7 +347,9 @@ def test_random_tables_open_and_reopen(mailbox_memory: Path) -> None:
     rng = random.Random(5)
     for _ in range(25):
         focus = PortSpec("focus", rng.randint(1, 40), max_bytes=rng.randint(1, 100_000), policy="refuse")
-        ring = PortSpec("broadcast", rng.randint(1, 100), fields={"x": f"V{rng.randint(1, 256)}"}, producers=rng.randint(1, 9))
+        ring = PortSpec(
+            "broadcast", rng.randint(1, 100), fields={"x": f"V{rng.randint(1, 256)}"}, producers=rng.randint(1, 9)
+        )
         mailbox = Mailbox("random", PortTable({"f": focus, "b": ring}))
         for _ in range(2):
             with mailbox.focus("f") as port, mailbox.broadcast("b") as other:

@@ -47,7 +47,11 @@ def answer(p: Peer) -> None:
 @pytest.mark.parametrize("spin_us", [0.0, 20.0, float("inf")])
 def test_ping_pong_asleep_and_spinning(mailbox: Mailbox, spin_us: float) -> None:
     """Each message crosses two sleeps (or spins). A lost wake-up would cost 50 ms: 400 of them would show."""
-    with mailbox.focus("there", spin_us=spin_us) as there, mailbox.focus("back", spin_us=spin_us) as back, peer(answer) as p:
+    with (
+        mailbox.focus("there", spin_us=spin_us) as there,
+        mailbox.focus("back", spin_us=spin_us) as back,
+        peer(answer) as p,
+    ):
         p.reached()
         p.go()
         slow = 0
