@@ -137,9 +137,8 @@ def recipe_folder() -> Path:
 
 def shipped_recipes() -> dict[str, GpuRecipe]:
     """The shipped recipes by file name without suffix."""
-    return {
-        path.stem: load_yaml(path, GpuRecipe) for path in sorted(recipe_folder().glob("*.yaml")) if path.stem != "cpu"
-    }
+    paths = [path for path in sorted(recipe_folder().glob("*.yaml")) if is_gpu_recipe(path)]
+    return {path.stem: load_yaml(path, GpuRecipe) for path in paths}
 
 
 def targets() -> list[str]:

@@ -1,13 +1,13 @@
 """What a graph costs at a given number of slots: multiplications, bytes, memory. Counted from the ONNX file alone.
 
-Counted as an engine would run it: Q/DQ, casts and reshapes are part of the product that they surround, and a product of
-quantized values counts as arithmetic of that type.
+Counted as a good engine would run it: Q/DQ, casts and reshapes are part of the product that they surround; an operator
+between products works in place on what it reads first, while that is still near; and a product of quantized values counts
+as arithmetic of that type.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,14 +43,20 @@ class Value:
 @dataclass(frozen=True)
 class NodeCost:
     """One operator. flops: multiplications and additions; type: of the arithmetic; weights: (name, bytes) of each
-    constant it reads, as stored; moved: bytes of computed values read and written."""
+    constant it reads, as stored; values: (name, bytes) of each computed value it fetches or puts down, under the name of the
+    value that it was made of in place."""
 
     name: str
     op: str
     type: str
     flops: int
     weights: tuple[tuple[str, int], ...]
-    moved: int
+    values: tuple[tuple[str, int], ...]
+
+    @property
+    def moved(self) -> int:
+        """Bytes of computed values read and written."""
+        return sum(size for _, size in self.values)
 
     @property
     def is_product(self) -> bool:
@@ -101,6 +107,7 @@ def count(model: onnx.ModelProto, slots: int) -> GraphCost:
     nodes, unknown = [], []
     origin: dict[str, str] = {name: name for name in constants}  # value -> the constant that it is made of alone
     lowered: dict[str, str] = {}  # value -> the quantized type that it was dequantized from
+    place: dict[str, str] = {}  # value -> the value in whose place it stands
     for node in model.graph.node:
         if not all(name in values for name in node.output if name):
             unknown.append(node.name or node.op_type)
@@ -115,15 +122,16 @@ def count(model: onnx.ModelProto, slots: int) -> GraphCost:
                 lowered[node.output[0]] = before.type
             elif source in lowered and node.op_type != "QuantizeLinear":
                 lowered[node.output[0]] = lowered[source]
+            place.update((name, place.get(source, source)) for name in node.output)
             continue
-        nodes.append(_cost(node, values, constants, origin, lowered))
+        nodes.append(_cost(node, values, constants, origin, lowered, place))
     fed = {value.name for value in (*model.graph.input, *model.graph.output)} - set(constants)
     boundary = sum(values[name].nbytes for name in fed if name in values)
     return GraphCost(slots, tuple(nodes), _peak(model, values, origin), boundary, tuple(unknown))
 
 
 def _cost(node: NodeProto, values: dict[str, Value], constants: dict[str, int], origin: dict[str, str],
-          lowered: dict[str, str]) -> NodeCost:  # fmt: skip
+          lowered: dict[str, str], place: dict[str, str]) -> NodeCost:  # fmt: skip
     out = values[node.output[0]]
     kinds = {lowered.get(name) for name in node.input[:2]}
     quantized = kinds.pop() if len(kinds) == 1 else None  # both sides: arithmetic of that type
@@ -135,10 +143,17 @@ def _cost(node: NodeProto, values: dict[str, Value], constants: dict[str, int], 
         flops = 2 * inner * elements
     read = [name for name in node.input if name]
     weights = tuple({origin[n]: constants[origin[n]] for n in read if origin.get(n)}.items())
-    moved = sum(_moved(values[n], lowered.get(n)) for n in read if n not in origin and n in values)
-    moved += sum(values[n].nbytes for n in node.output if n)
+    computed = [n for n in dict.fromkeys(read) if n not in origin and n in values]
+    written = [n for n in node.output if n]
+    if not is_standard(node, "MatMul", "Gemm") and computed:
+        main = max(computed, key=lambda n: values[n].nbytes)
+        place.update((name, place.get(main, main)) for name in written)
+        computed, written = [n for n in computed if n != main], []
+    touched = [(place.get(n, n), _moved(values[n], lowered.get(n))) for n in computed]
+    touched += [(n, values[n].nbytes) for n in written]
     first = values.get(node.input[0]) if node.input else None
-    return NodeCost(node.name or node.output[0], node.op_type, quantized or (first or out).type, flops, weights, moved)
+    return NodeCost(node.name or node.output[0], node.op_type, quantized or (first or out).type, flops, weights,
+                    tuple(touched))  # fmt: skip
 
 
 def _moved(value: Value, quantized: str | None) -> int:
@@ -217,13 +232,6 @@ def _value(kind: int, shape: tuple[int, ...]) -> Value:
 def tensor_bytes(tensor: TensorProto) -> int:
     """Bytes of a constant's content."""
     return _value(tensor.data_type, tuple(tensor.dims)).nbytes
-
-
-def weight_uses(cost: GraphCost) -> Iterator[tuple[NodeCost, str, int]]:
-    """(operator, constant, bytes) in the order in which an engine reads them."""
-    for node in cost.nodes:
-        for name, size in node.weights:
-            yield node, name, size
 
 
 def lowest_precision(costs: list[GraphCost]) -> str:
