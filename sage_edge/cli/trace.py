@@ -146,16 +146,15 @@ def _tick(event: dict[str, Any], found: dict[int, dict[str, Any]], number: int, 
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from sage_edge.irp.registry import open_plugin
     from sage_edge.sharing.recording import read_recording
-    from sage_edge.sharing.replay import plugin_names, replay
+    from sage_edge.sharing.replay import plugins_of, replay
 
     header, events = read_recording(arguments.file)
     plugins = None
     with stages("replay") as progress:
         if not arguments.recorded:
             progress("open the plugins")
-            plugins = {name: open_plugin(own, arguments.plugins) for name, own in plugin_names(header).items()}
+            plugins = plugins_of(header, arguments.plugins)
         progress("replay")
         found = replay(header, events, plugins)
     if arguments.json:

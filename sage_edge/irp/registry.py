@@ -101,7 +101,7 @@ def open_plugin(
     kind = _class(found, found.spec)
     chosen = {**found.spec.options, **(options or {})}
     plugin = _made(kind, found.spec, chosen)
-    plugin.folder = found.folder
+    plugin.folder, plugin.options = found.folder, dict(options or {})
     plugin.digest = _digest(found, found.spec, plugin, chosen)
     load_home(plugin)
     return plugin

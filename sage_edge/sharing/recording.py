@@ -179,7 +179,8 @@ def costs_of(facts: Event) -> Costs:
 def _account(state: SharingState, name: str, plugin: Plugin[Any]) -> Event:
     account = state.accounts[name]
     return {
-        "digest": plugin.digest, "spec": dump_yaml(plugin.spec), "signals": list(plugin.signals),
+        "digest": plugin.digest, "options": plain(plugin.options), "spec": dump_yaml(plugin.spec),
+        "signals": list(plugin.signals),
         "own_halt": type(plugin).halt is not Plugin.halt, "batch_sizes": list(account.sizes),
         "worth": plain(to_arrays(account.worth)),
         "costs": {"ms": plain(account.costs.ms_by_size), "atp": plain(account.costs.atp_by_size)},
