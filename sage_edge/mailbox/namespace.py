@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -112,7 +113,9 @@ class Mailbox:
             except MismatchError:
                 os.unlink(name, dir_fd=directory)
             for leftover in os.listdir(directory):
-                if leftover.startswith((f".wait.{name}.", f".exchange.{name}@")):
+                # A name may hold dots: what comes after it must be an index and an identity, or it is another port's.
+                fifo = re.fullmatch(rf"\.wait\.{re.escape(name)}\.\d+\.[0-9a-f]+", leftover)
+                if fifo or leftover.startswith(f".exchange.{name}@"):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(leftover, dir_fd=directory)
 
