@@ -28,7 +28,6 @@ from sage_edge.precision.ranges import Ranges
 from sage_edge.runtime import Session
 from sage_edge.specs import Array
 
-
 BROKEN = 1e9  # stands for NaN and Inf in errors, which YAML and JSON files of ours do not hold
 
 
