@@ -25,9 +25,12 @@ HUGE = 1e6  # beyond float16
 
 def calm_hrm(change: Callable[[HRM], None] = lambda model: None) -> HRM:
     """The tiny HRM with blocks that add little to their input: its answers are decided, its steps do not diverge."""
+    from sage_edge.export.layers import Block
+
     model = tiny_hrm()
     for level in (model.H_level, model.L_level):
         for layer in level.layers:
+            assert isinstance(layer, Block)
             layer.self_attn.o_proj.weight.mul_(0.2)
             layer.mlp.down_proj.weight.mul_(0.2)
     model.lm_head.weight.mul_(4.0)
@@ -42,8 +45,12 @@ def scale_channel(factor: float) -> Callable[[HRM], None]:
     which share one scale with it. Balancing channels cannot help: a channel that means nothing has no size of its own.
     """
 
+    from sage_edge.export.layers import Block
+
     def change(model: HRM) -> None:
-        mlp = model.L_level.layers[1].mlp
+        block = model.L_level.layers[1]
+        assert isinstance(block, Block)
+        mlp = block.mlp
         width = mlp.down_proj.in_features
         mlp.gate_up_proj.weight[width].mul_(factor)
         mlp.down_proj.weight[:, 0] = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -80,10 +82,9 @@ def test_int8_rounds_as_onnx_runtime_does(values: np.ndarray) -> None:
     np.testing.assert_array_equal(ours, np.maximum(theirs, -INT8_MAX * np.float32(scale)))
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
 @given(amax=st.floats(0, 1e6))
-def test_a_scale_is_a_float16_that_just_covers_the_range(precision: str, amax: float) -> None:
-    kind = "int8" if precision == "int8" else "fp8"
+def test_a_scale_is_a_float16_that_just_covers_the_range(kind: Literal["int8", "fp8"], amax: float) -> None:
     scale = scale_for(amax, kind)
     assert float(np.float16(scale)) == scale
     assert scale >= SMALLEST_SCALE

@@ -17,6 +17,7 @@ from sage_edge.cli.main import main
 from sage_edge.dataset import load_dataset
 from sage_edge.engines.build import BuildRecipe, build, open_engine
 from sage_edge.engines.manifest import load_manifest
+from sage_edge.engines.ort import OrtRunner
 from sage_edge.errors import GateError, InputError
 from sage_edge.files import sha256
 from sage_edge.precision.lower import LoweringError, lower_bundle
@@ -100,7 +101,9 @@ def test_the_int8_engine_is_a_product(int8_bundle: Path, calm_data: Path, capsys
     manifest, _ = load_manifest(engine)
     assert (manifest.precision, manifest.spin) == ("int8", False)
     assert manifest.fused["int8_product"] > 0
-    assert open_engine(engine).spin is False
+    runner = open_engine(engine)
+    assert isinstance(runner, OrtRunner)
+    assert runner.spin is False
     assert main(["calibrate", str(engine), "--data", str(calm_data), "--max-loss", "0.1"]) == 0
     assert main(["calibrate", str(engine), "--verify"]) == 0
     capsys.readouterr()

@@ -132,9 +132,9 @@ def test_q_and_dq_are_symmetric_per_tensor_and_per_column(
     for node in quantised:
         assert list(constants[node.input[1]].dims) == []
         value = node.input[0]
-        scale = float(numpy_helper.to_array(constants[node.input[1]]))
+        step = float(numpy_helper.to_array(constants[node.input[1]]))
         top = 127 if precision == "int8" else 448
-        assert scale * top == pytest.approx(amax[value], rel=1e-3)
+        assert step * top == pytest.approx(amax[value], rel=1e-3)
     weights = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in constants]
     assert len(weights) == 4 * LAYERS  # stored once, read by all uses
     for node in weights:
