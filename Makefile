@@ -29,7 +29,8 @@ native:
 	$(NATIVE_PYTHON) -m nanobind --cmake_dir > /dev/null || $(NATIVE_PYTHON) -m pip install --quiet "nanobind>=2.2" "numpy>=2" "cmake>=3.18" ninja
 	PATH="$(dir $(NATIVE_PYTHON)):$$PATH" cmake -S . -B build/native -G Ninja -DPython_EXECUTABLE=$(NATIVE_PYTHON) > /dev/null
 	PATH="$(dir $(NATIVE_PYTHON)):$$PATH" cmake --build build/native
-	cp build/native/_native*.so sage_edge/mailbox/
+	for module in build/native/_native*.so; do \
+	  cp $$module sage_edge/mailbox/.new && mv -f sage_edge/mailbox/.new sage_edge/mailbox/$${module##*/}; done
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

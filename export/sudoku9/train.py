@@ -31,6 +31,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sage_edge.export.hrm import HRM
+from sage_edge.export.layers import Block
 from sage_edge.export.learning_curve import keep_until, plot
 from sage_edge.specs import HRMConfig
 
@@ -117,6 +118,7 @@ def see_units(model: HRM) -> None:
     ) ** 0.5
     for level in (model.H_level, model.L_level):
         for layer in level.layers:
+            assert isinstance(layer, Block)
             weight = layer.self_attn.qkv_proj.weight
             for start in (0, config.hidden_size):  # queries, then keys
                 weight[start : start + 3 * width] = torch.eye(3 * width, config.hidden_size)

@@ -129,7 +129,9 @@ def _irp(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(
             "--suite irp measures plugins: ENGINE, --case, --data, --plots and --peers do not belong to it; give --plugin"
         )
-    sections = tuple(dict.fromkeys(arguments.section or ("plugins", "scheduler")))
+    # The scheduler's load is made of plugin reason and two solvers; who asks for another plugin alone did not mean it.
+    default = ("plugins",) if arguments.plugin and "reason" not in arguments.plugin else ("plugins", "scheduler")
+    sections = tuple(dict.fromkeys(arguments.section or default))
     options = Options(tuple(arguments.plugin), tuple(arguments.plugins), arguments.examples, sections=sections,
                       profile=find_profile(arguments.profile).name)  # fmt: skip
     with progress_bar("bench") as progress:

@@ -21,6 +21,7 @@ from sage_edge.cli import (
     plugin,
     roofline,
     run,
+    trace,
 )
 from sage_edge.errors import SageError
 
@@ -48,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"sage-edge {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (doctor, export, build, check, calibrate, run, evaluate, bench, roofline, inspect, mailbox, plugin):
+    for command in (
+        doctor, export, build, check, calibrate, run, evaluate, bench, roofline, inspect, mailbox, plugin, trace,
+    ):  # fmt: skip
         command.add(commands)
     return top
 

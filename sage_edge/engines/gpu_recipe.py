@@ -131,7 +131,7 @@ def is_gpu_recipe(path: Path) -> bool:
 
 def recipe_folder() -> Path:
     """Where the shipped recipes lie: in the installed package, else in the repository."""
-    own = PACKAGE / "recipes"
+    own = PACKAGE / "recipes" / "engines"
     return own if own.is_dir() else PACKAGE.parent / "engines"
 
 

@@ -119,6 +119,9 @@ Rows = Mapping[int, Sequence[Sequence[float]]]
 class Recorder:
     """What the loop tells of itself, for `recording`; this one keeps nothing."""
 
+    def starting(self) -> None:
+        """A submission, a tick or a cancellation begins."""
+
     def submitted(
         self, task: Task, observation: Observation, halt: str, entity_id: str, deadline_ms: float | None
     ) -> None:
@@ -203,6 +206,7 @@ class Loop:
         now). Raises InputError for a bad observation, policy or plugin, RefusedError when there are too many requests.
         """
         with self._lock:
+            self.recorder.starting()
             now = self.clock.now() if arrived is None else arrived
             if plugin not in self.plugins:
                 raise InputError(f"plugin {plugin!r}: not loaded; there are {', '.join(self.plugins) or 'none'}")
@@ -226,6 +230,7 @@ class Loop:
         with self._lock:
             if ticket.done:
                 return False
+            self.recorder.starting()
             self._state = scheduler.cancel(self.state, ticket.id)
             self._settle(ticket.id, RefusedError("cancelled", "by who asked for it"))
             self.recorder.cancelled(ticket.id)
@@ -247,6 +252,7 @@ class Loop:
         with self._lock:
             if self.state.idle:
                 return Decision()
+            self.recorder.starting()
             began = time.thread_time()
             decision = scheduler.schedule(self.state, self.clock.now())
             deciding = time.thread_time() - began
@@ -317,6 +323,8 @@ class Loop:
             spent_ms = (finished - began) * 1e3
             counted = used if self.settings.budget.unit == "mJ" and used is not None else spent_ms
             atp += counted
+            for number, row in rows.items():
+                gained[number].append(row)
             for number, error in errors.items():
                 failed.add(number)
                 self._fail(number, "step", error)
@@ -325,7 +333,6 @@ class Loop:
                     flights[number], rows[number], began, finished, counted, used, len(flights)
                 )
                 energies[number].append(energy)
-                gained[number].append(rows[number])
                 if reason:
                     halted[number] = reason
             if failed or halted:
