@@ -105,3 +105,16 @@ def tiny_engine(tiny_bundle: Path) -> Path:
     from sage_edge.engines.build import BuildRecipe, build
 
     return build(tiny_bundle, BuildRecipe(slots=4)).path
+
+
+@pytest.fixture(scope="session")
+def tiny_torch_engine(tiny_bundle: Path) -> Path:
+    """The tiny HRM's engine of the target torch: compiled by AOTInductor, a minute's work, for whatever device is here."""
+    from sage_edge.engines.accelerated import build_accelerated
+    from sage_edge.engines.gpu_recipe import choose_recipe
+    from sage_edge.errors import MissingDependencyError
+
+    try:
+        return build_accelerated(tiny_bundle, choose_recipe("torch", "fp32").with_slots(4)).path
+    except MissingDependencyError as error:  # no C++ compiler
+        pytest.skip(str(error))

@@ -21,7 +21,7 @@ def seconds_of(work: Callable[[], object], device: str, budget: float) -> float:
     fastest, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < budget:
         if device == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             work()
             end.record()
@@ -34,6 +34,12 @@ def seconds_of(work: Callable[[], object], device: str, budget: float) -> float:
     return fastest
 
 
+def _product(size: int, device: str, dtype: torch.dtype) -> Callable[[], object]:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
 def device_ceilings(device: str, budget: float = 0.5) -> Ceilings:
     """Measured dense TFLOP/s by type and GB/s; the L2 as CUDA says it. About three seconds."""
     size = SIZE if device == "cuda" else SMALL
@@ -42,9 +48,7 @@ def device_ceilings(device: str, budget: float = 0.5) -> Ceilings:
         if device != "cuda" and name != "fp32":
             continue
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
-        out = torch.empty_like(a)
-        tflops[name] = 2 * size**3 / seconds_of(lambda: torch.mm(a, b, out=out), device, budget) / 1e12
+        tflops[name] = 2 * size**3 / seconds_of(_product(size, device, dtype), device, budget) / 1e12
     torch.backends.cuda.matmul.allow_tf32 = False
     block = torch.empty((1 << 30 if device == "cuda" else 1 << 26), dtype=torch.uint8, device=device)
     target = torch.empty_like(block)

@@ -23,8 +23,9 @@ import torch
 
 from benchmarks.gpu.ceilings import device_ceilings
 from benchmarks.gpu.peers import peers
+from sage_edge.bench.header import commit
 from sage_edge.bench.roofline import predict
-from sage_edge.bench.suite import Case, _commit
+from sage_edge.bench.suite import Case
 from sage_edge.bench.timing import interleave
 from sage_edge.config import load_yaml
 from sage_edge.device import machine, version
@@ -79,7 +80,9 @@ def steps(runners: dict[str, Runner], contestants: dict[str, Any], batch: int, s
     return {name: asdict(latency) for name, latency in interleave(calls, seconds * len(calls)).items()}
 
 
-def measure(case: str, device: str, batches: list[int], seconds: float, progress: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    case: str, device: str, batches: list[int], seconds: float, progress: Callable[[str], None]
+) -> dict[str, Any]:
     """The whole report. Raises what building raises for an engine that is there but fails."""
     config = TINY if case == "tiny" else load_yaml(CASES / f"{case}.yaml", Case).random
     assert config is not None
@@ -105,7 +108,9 @@ def measure(case: str, device: str, batches: list[int], seconds: float, progress
             progress(f"batch {batch}")
             latency = steps(runners, peers(model, device), batch, seconds)
             best = asdict(predict("refine", graph_cost(bundle / "refine.onnx", batch), ceilings))
-            answers = {name: 1e3 * batch / (config.halt_max_steps * entry["mean_ms"]) for name, entry in latency.items()}
+            answers = {
+                name: 1e3 * batch / (config.halt_max_steps * entry["mean_ms"]) for name, entry in latency.items()
+            }
             rows.append({"batch": batch, "latency": latency, "answers_per_s": answers, "roofline": best})
         described = {name: runner.describe() for name, runner in runners.items() if hasattr(runner, "describe")}
         for runner in runners.values():
@@ -113,7 +118,7 @@ def measure(case: str, device: str, batches: list[int], seconds: float, progress
     gpu = torch.cuda.get_device_name(0) if device == "cuda" else None
     return {
         "case": case, "command": "python -m benchmarks.gpu.compare " + " ".join(sys.argv[1:]), "device": device, "gpu": gpu,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": _commit(), "machine": asdict(machine()),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(), "machine": asdict(machine()),
         "python": platform.python_version(), "ceilings": asdict(ceilings), "rows": rows, "left_out": left_out,
         "engines": described,
         "versions": {n: version(n) for n in ("torch", "tensorrt", "onnxruntime", "onnxruntime-gpu", "cuda-bindings")},
@@ -131,9 +136,14 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.device == "cuda" and (reason := no_device()):
         print(f"skipped: {reason}")
         return 0
-    report = measure(chosen.case, chosen.device, chosen.batches, chosen.seconds, lambda stage: print(stage, file=sys.stderr))
+    report = measure(
+        chosen.case, chosen.device, chosen.batches, chosen.seconds, lambda stage: print(stage, file=sys.stderr)
+    )
     name = (report["gpu"] or report["machine"]["architecture"]).replace(" ", "-")
-    path = chosen.output or Path("benchmarks/results") / f"gpu-{chosen.case}-{name}-{(report['commit'] or 'release')[:10]}.json"
+    path = (
+        chosen.output
+        or Path("benchmarks/results") / f"gpu-{chosen.case}-{name}-{(report['commit'] or 'release')[:10]}.json"
+    )
     write_atomic(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
     for row in report["rows"]:
         print(f"batch {row['batch']}: at best {row['roofline']['milliseconds']:.3f} ms ({row['roofline']['bound']})")

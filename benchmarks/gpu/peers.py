@@ -44,7 +44,7 @@ def _peer(model: Any, device: str, kind: str, compiled: bool) -> Callable[[dict[
             torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
             with torch.inference_mode():
                 if compiled:
-                    torch.compiler.cudagraph_mark_step_begin()
+                    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 z_H, z_L, q, _ = function(*carry)
                 # The loop reads whether to halt after every step; with graphs, outputs live only until the next one.
                 carry[1], carry[2] = (z_H.clone(), z_L.clone()) if compiled else (z_H, z_L)

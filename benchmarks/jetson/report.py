@@ -45,12 +45,17 @@ class Step:
 
 def plan(model: str, data: Path, folder: Path, dry: bool, examples: int) -> list[Step]:
     """The steps in order. dry: what a machine without TensorRT can do in their place."""
-    steps = [Step("doctor", ("doctor", "--json")), Step("support", ("check", model, "--target", "tensorrt:10.3", "--json"))]
+    steps = [
+        Step("doctor", ("doctor", "--json")),
+        Step("support", ("check", model, "--target", "tensorrt:10.3", "--json")),
+    ]
     device = "this" if dry else f"orin-nano:{power_mode() or '25W'}"
     steps.append(Step("roofline", ("roofline", model, "--device", device, "--json")))
     for precision in ("fp32",) if dry else PRECISIONS:
         engine = str(folder / precision)
-        target = ("--target", "cpu") if dry else ("--target", "orin-nano", "--precision", precision, "--data", str(data))
+        target = (
+            ("--target", "cpu") if dry else ("--target", "orin-nano", "--precision", precision, "--data", str(data))
+        )
         steps += [
             Step(f"build {precision}", ("build", model, *target, "--output", engine, "--json")),
             Step(f"gate {precision}", ("check", engine, "--json")),

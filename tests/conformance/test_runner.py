@@ -22,7 +22,7 @@ from sage_edge.errors import InputError
 from sage_edge.models import load
 from sage_edge.specs import Array
 
-IMPLEMENTATIONS = ("null", "bundle", "engine", "device", "device-early", "tensorrt-stand-in")
+IMPLEMENTATIONS = ("null", "bundle", "engine", "device", "device-early", "tensorrt-stand-in", "torch")
 
 
 def null_device_runner(folder: Path, options: RunOptions) -> Runner:
@@ -53,6 +53,9 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[[], Runner]]:
         bundle = request.getfixturevalue("tiny_bundle")
         options = RunOptions(speculate="always" if request.param == "device-early" else "auto")
         yield lambda: null_device_runner(bundle, options)
+    elif request.param == "torch":
+        engine = request.getfixturevalue("tiny_torch_engine")
+        yield lambda: open_engine(engine)
     elif request.param == "tensorrt-stand-in":
         engine = request.getfixturevalue("tensorrt_engine")
         from tests.devices import fake_tensorrt

@@ -1,0 +1,105 @@
+"""The targets torch, torch-tensorrt and ort-cuda: what they need, what they refuse, what the command says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("cuda.bindings.runtime")
+
+from sage_edge.cli.main import main
+from sage_edge.engines.accelerated import build_accelerated
+from sage_edge.engines.accelerator_null import NullDevice
+from sage_edge.engines.build import open_bundle, open_engine
+from sage_edge.engines.gpu_recipe import choose_recipe
+from sage_edge.engines.manifest import load_manifest
+from sage_edge.engines.target_ort import OrtCudaTarget
+from sage_edge.engines.target_torch import TorchTarget, TorchTensorRTTarget
+from sage_edge.errors import InputError, MissingDependencyError
+
+ON_CPU = not torch.cuda.is_available()
+
+
+def test_a_torch_engine_agrees_with_its_bundle_and_names_its_device(tiny_torch_engine: Path, tiny_bundle: Path) -> None:
+    manifest, _ = load_manifest(tiny_torch_engine)
+    assert manifest.target == "torch"
+    assert set(manifest.versions) == {"sage-edge-builder", "torch"}
+    assert manifest.device.startswith("host/" if ON_CPU else "cuda/")
+    with open_engine(tiny_torch_engine) as ours, open_bundle(tiny_bundle, 4) as plain:
+        observed = ours.model.random_observation(3)
+        states = ours.encode(observed), plain.encode(observed)
+        for _ in range(3):
+            np.testing.assert_allclose(ours.refine(states[0]), plain.refine(states[1]), atol=1e-4)
+        assert ours.describe()["notes"] == []  # type: ignore[attr-defined]
+
+
+def test_it_is_found_in_the_cache_and_checked_by_the_command(
+    tiny_torch_engine: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", str(tiny_bundle), "--target", "torch", "--slots", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["cached"], report["engine"]) == (True, str(tiny_torch_engine))
+    assert main(["check", str(tiny_torch_engine)]) == 0
+
+
+def test_another_torch_or_another_machine_is_refused() -> None:
+    target, recipe = TorchTarget(), choose_recipe("torch", "fp32")
+    here = NullDevice(name="cpu-a").info
+    target.refuse_foreign(recipe, "host/cpu-a", target.versions(), here)
+    with pytest.raises(InputError, match=r"built with torch 1\.0, installed is .*; build it again"):
+        target.refuse_foreign(recipe, "host/cpu-a", {"torch": "1.0"}, here)
+    with pytest.raises(InputError, match="built for host/cpu-b, this is host/cpu-a; build it here"):
+        target.refuse_foreign(recipe, "host/cpu-b", target.versions(), here)
+
+
+def test_a_damaged_package_is_a_clear_error(tiny_torch_engine: Path, tmp_path: Path) -> None:
+    from sage_edge.engines.torch_program import TorchProgram
+
+    folder = tmp_path / "engine"
+    shutil.copytree(tiny_torch_engine, folder)
+    (folder / "refine.pt2").write_bytes(b"not a package")
+    with pytest.raises(InputError, match="changed since manifest.yaml was written"):
+        open_engine(folder)
+    _, bundle = load_manifest(tiny_torch_engine)
+    device = NullDevice()
+    with pytest.raises(InputError, match="PyTorch cannot load it"):
+        TorchProgram(folder / "refine.pt2", bundle.graphs.refine, graphs=False).open(device, device.stream("normal"))
+
+
+def test_without_a_compiler_the_message_names_one(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingDependencyError, match="needs a C.. compiler to be built: apt install g"):
+        build_accelerated(tiny_bundle, choose_recipe("torch", "fp32"), tmp_path / "engine")
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in ort.get_available_providers(), reason="ONNX Runtime has its CUDA provider"
+)
+def test_ort_cuda_without_its_provider_says_what_to_install(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", str(tiny_bundle), "--target", "ort-cuda"]) == 2
+    assert "pip install onnxruntime-gpu in place of onnxruntime; the installed one offers" in capsys.readouterr().err
+
+
+def test_ort_cuda_refuses_another_gpu_or_version() -> None:
+    target, recipe = OrtCudaTarget(), choose_recipe("ort-cuda", "fp32")
+    info = NullDevice(name="a").info
+    with pytest.raises(InputError, match=r"gated with ONNX Runtime 1\.0"):
+        target.refuse_foreign(recipe, info.key, {"onnxruntime": "1.0"}, info)
+    with pytest.raises(InputError, match="gated on host/b"):
+        target.refuse_foreign(recipe, "host/b", target.versions(), info)
+
+
+@pytest.mark.skipif(not ON_CPU, reason="torch_tensorrt may be installed here")
+def test_torch_tensorrt_without_it_says_so() -> None:
+    with pytest.raises(MissingDependencyError, match="needs torch_tensorrt"):
+        TorchTensorRTTarget().require()
