@@ -159,5 +159,5 @@ def test_halting_is_certified_and_saves_half_of_the_steps(plugin: Language) -> N
 
 @needs_data
 def test_out_of_scope_commands_are_told_apart(plugin: Language) -> None:
-    found = scope(plugin, load_texts(data_folder()).first(100))
+    found = scope(plugin, load_texts(data_folder()).first(100), "full")
     assert found["auroc_report"] > 0.8
