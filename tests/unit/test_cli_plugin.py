@@ -78,7 +78,19 @@ def test_errors_are_one_line_and_2(
 
 def test_bench_measures_anyones_plugin(smooth: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     output = tmp_path / "report.json"
-    command = ["bench", "--suite", "irp", "--plugin", "smooth", "--examples", "60", "--output", str(output), "--threads", "1"]
+    command = [
+        "bench",
+        "--suite",
+        "irp",
+        "--plugin",
+        "smooth",
+        "--examples",
+        "60",
+        "--output",
+        str(output),
+        "--threads",
+        "1",
+    ]
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "1 - error left / error at the start" in shown
