@@ -107,8 +107,8 @@ def tampered(events: Sequence[Event], change: Callable[[Event], None], kind: str
     matters: dict[str, Callable[[Event], bool]] = {
         "tick": lambda event: bool(event["energies"]),
         "submit": lambda event: event["plugin"] == "own" and event["observation"]["need"] > 3,
-    }[kind]
-    change(next(event for event in copied[12:] if event["event"] == kind and matters(event)))
+    }
+    change(next(event for event in copied[12:] if event["event"] == kind and matters[kind](event)))
     return copied
 
 
