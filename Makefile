@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 NATIVE_PYTHON ?= $(BIN)/python
 
-.PHONY: bench test lint native clean
+.PHONY: bench test lint native tensorrt-api clean
 bench: $(VENV)/.installed
 	$(BIN)/sage-edge bench
 
@@ -19,13 +19,18 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# NVIDIA's own bindings of three releases, fetched and read without TensorRT: do the names that we use exist in each?
+tensorrt-api: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.tensorrt_api.stubs
+
 # The compiled core in place, for a source tree that is imported as it lies (PYTHONPATH) rather than installed:
 # builds sage_edge/mailbox/_native*.so, which git and wheels leave out. Again after a change under mailbox/.
 native:
 	$(NATIVE_PYTHON) -m nanobind --cmake_dir > /dev/null || $(NATIVE_PYTHON) -m pip install --quiet "nanobind>=2.2" "numpy>=2" "cmake>=3.18" ninja
 	PATH="$(dir $(NATIVE_PYTHON)):$$PATH" cmake -S . -B build/native -G Ninja -DPython_EXECUTABLE=$(NATIVE_PYTHON) > /dev/null
 	PATH="$(dir $(NATIVE_PYTHON)):$$PATH" cmake --build build/native
-	cp build/native/_native*.so sage_edge/mailbox/
+	for module in build/native/_native*.so; do \
+	  cp $$module sage_edge/mailbox/.new && mv -f sage_edge/mailbox/.new sage_edge/mailbox/$${module##*/}; done
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -33,6 +33,12 @@ class EngineError(SageError):
     exit_code = 1
 
 
+class DeviceLostError(EngineError):
+    """The device is lost to this process: every further call fails, only a new process helps (exit code 3)."""
+
+    exit_code = 3
+
+
 class RefusedError(SageError):
     """A request got no answer, for a reason that is not in its input (exit code 1).
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from sage_edge import scheduler
 from sage_edge.engines.runner import Runner, State
-from sage_edge.errors import EngineError, InputError, IntegrityError, RefusedError, SageError
+from sage_edge.errors import DeviceLostError, EngineError, InputError, IntegrityError, RefusedError, SageError
 from sage_edge.irp.halting import History, Policy, limited
 from sage_edge.scheduler import Outcome, Plan, Request, Slot, WhenFull
 from sage_edge.snapshot import Snapshot
@@ -367,6 +367,9 @@ class Pool:
             return True
 
     def _fail(self, number: int, stage: str, error: Exception) -> None:
+        if isinstance(error, DeviceLostError):  # whoever serves must exit with its code, so that it is started anew
+            self._settle(number, error)
+            return
         text = (str(error).splitlines() or [""])[0]
         self._settle(number, EngineError(f"the engine failed at {stage}: {type(error).__name__}: {text}"))
 

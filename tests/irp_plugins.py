@@ -113,7 +113,7 @@ class Countdown(Plugin[Count]):
     """Needs as many steps as it is told; energy: what is left, over 10. `worth` a step: the same for all."""
 
     state_type = Count
-    extra_signals = ("left",)
+    extra_signals: tuple[str, ...] = ("left",)
 
     def __init__(self, name: str = "count", max_steps: int = 10, halt: str = "energy:0.01", sizes: Sequence[int] = (1,),
                  bench: BenchSpec | None = None) -> None:  # fmt: skip
@@ -162,5 +162,3 @@ class Countdown(Plugin[Count]):
 
     def quality(self, result: Result, reference: Any) -> float:
         return float(result["done"]) / float(reference)
-
-

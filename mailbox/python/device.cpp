@@ -45,6 +45,7 @@ void bind_device(nb::module_& m) {
   using nb::arg;
   m.def("mapping", [](FocusHandle& h) { return mapping(h.name, h.port); }, arg("port"));
   m.def("mapping", [](BroadcastHandle& h) { return mapping(h.name, h.port); }, arg("port"));
+  m.def("pinned", &FocusHandle::pinned, arg("port"));
   m.def("participant", &participant, arg("port"), arg("index"));
   m.def("place", &place, arg("port"), nb::kw_only(), arg("payload"), arg("device_base"), arg("device_type"), arg("device"));
   m.def("signal", [](FocusHandle& h) { h.require_open(); signal(h.port, false); signal(h.port, true); }, arg("port"));

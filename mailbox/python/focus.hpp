@@ -32,6 +32,7 @@ class FocusHandle {
 
   // Loans, items and views that still refer to the mapping. It goes with the last of them.
   void pin() { ++pins_; }
+  bool pinned() const { return pins_ != 0; }
   void unpin() {
     if (--pins_ == 0 && closed_) shut();
   }

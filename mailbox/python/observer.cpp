@@ -18,9 +18,7 @@ class Observer {
     if (failure->status == Status::System) {
       raise(errors.input, "port %s: %s: %s", name.c_str(), failure->message, std::strerror(failure->number));
     }
-    nb::object error = nb::borrow(errors.mismatch)("port " + name + ": " + failure->message, std::string(failure->found_spec));
-    PyErr_SetObject(errors.mismatch, error.ptr());
-    throw nb::python_error();
+    raise_mismatch(name, *failure, false);
   }
 
   nb::bytes header() const { return nb::bytes(&region_->header(), sizeof(Header)); }
@@ -94,7 +92,7 @@ void remove_port(int directory, const std::string& name) {
   std::unique_ptr<Region> region(Region::attach(directory, name.c_str(), true, *failure));
   if (!region) {
     if (failure->status == Status::System) raise(errors.input, "port %s: %s: %s", name.c_str(), failure->message, std::strerror(failure->number));
-    raise(errors.mismatch, "port %s: %s", name.c_str(), failure->message);
+    raise_mismatch(name, *failure, false);
   }
   region->remove();
 }

@@ -106,6 +106,14 @@ Opening opening_of(nb::dict a) {
   return o;
 }
 
+void raise_mismatch(const std::string& port, const Failure& failure, bool show_spec) {
+  // MismatchError(message, spec in memory): Python shows both sides. The spec may be any bytes.
+  const nb::object found = nb::steal(PyUnicode_DecodeUTF8(failure.found_spec, show_spec ? static_cast<Py_ssize_t>(std::strlen(failure.found_spec)) : 0, "replace"));
+  nb::object error = nb::borrow(errors.mismatch)("port " + port + ": " + failure.message, found);
+  PyErr_SetObject(errors.mismatch, error.ptr());
+  throw nb::python_error();
+}
+
 std::unique_ptr<Region> open_region(const Opening& o) {
   auto failure = std::make_unique<Failure>();
   std::unique_ptr<Region> region(without_gil([&] {
@@ -116,12 +124,7 @@ std::unique_ptr<Region> open_region(const Opening& o) {
   if (failure->status == Status::System) {
     raise(errors.input, "port %s: %s: %s", name, failure->message, std::strerror(failure->number));
   }
-  // MismatchError(message, spec in memory): Python shows both sides.
-  std::string message = "port " + o.name + ": " + failure->message;
-  if (failure->status == Status::PidNamespace) message += "; share the pid namespace (--pid=host), or use another namespace of ports";
-  nb::object error = nb::borrow(errors.mismatch)(message, std::string(failure->found_spec));
-  PyErr_SetObject(errors.mismatch, error.ptr());
-  throw nb::python_error();
+  raise_mismatch(o.name, *failure, o.spec != failure->found_spec);
 }
 
 }  // namespace sage_edge::mailbox::python

@@ -25,6 +25,8 @@ void load_errors();
 [[noreturn]] void raise(PyObject* type, const char* format, ...) __attribute__((format(printf, 2, 3)));
 [[noreturn]] void raise_full(const char* reason, const std::string& port, const char* detail);
 
+[[noreturn]] void raise_mismatch(const std::string& port, const Failure& failure, bool show_spec);
+
 // Seconds or None → absolute deadline, ns. Raises InputError for a negative number or NaN.
 std::uint64_t deadline_of(nb::handle timeout);
 

@@ -35,6 +35,7 @@ Status Port::join(Region& region, const char* name) noexcept {
       std::memcpy(&word, text + 8 * k, 8);
       p.name[k].store(word, memory_order_relaxed);
     }
+    if (reclaimed_before_) count(Counter::Reclaimed, reclaimed_before_);
     return Status::Ok;
   }
   return Status::NoParticipant;
@@ -120,7 +121,11 @@ std::uint32_t Port::sweep(std::uint64_t now, std::uint64_t gate) noexcept {
     if (!owner || owner == identity_ || owner == living || !is_dead(owner)) continue;
     left += r.ring(i).owner.compare_exchange_strong(owner, 0, memory_order_acq_rel);
   }
-  if (freed && index_ >= 0) count(Counter::Reclaimed, freed);
+  if (index_ >= 0) {
+    if (freed) count(Counter::Reclaimed, freed);
+  } else {
+    reclaimed_before_ += freed;  // no entry of one's own yet to count it in: see join
+  }
   if (freed) signal_event(r, c.space_event);
   return freed + left;
 }

@@ -132,7 +132,7 @@ bool Region::read_header(int fd, Failure& failure) noexcept {
   if (!wrong && h.spec_bytes > kMaxSpecBytes) wrong = "spec_bytes";
   if (wrong) return fail(failure, Status::Mismatch, "%s: the header's value does not fit the layout", wrong);
   if (h.pid_namespace != pid_namespace()) {
-    return fail(failure, Status::PidNamespace, "made in pid namespace %llu, this process is in %llu",
+    return fail(failure, Status::PidNamespace, "made in pid namespace %llu, this process is in %llu; share the pid namespace (--pid=host), or use another namespace of ports",
                 static_cast<unsigned long long>(h.pid_namespace), static_cast<unsigned long long>(pid_namespace()));
   }
   std::memcpy(failure.found_spec, h.spec, h.spec_bytes);
@@ -177,8 +177,9 @@ Region* Region::open(int directory_fd, const char* name, const Geometry& geometr
       continue;
     }
     // The spec holds all that a person wrote; the geometry follows from it, unless the file was tampered with.
-    if (std::strcmp(failure.found_spec, spec) == 0 && region->geometry_ == geometry) return region;
-    fail(failure, Status::Mismatch, "the port was made with another spec");
+    const bool same = std::strcmp(failure.found_spec, spec) == 0;
+    if (same && region->geometry_ == geometry) return region;
+    fail(failure, Status::Mismatch, same ? "the header's numbers do not follow from its spec" : "the port was made with another spec");
     delete region;
     return nullptr;
   }

@@ -78,7 +78,13 @@ def run_irp(options: Options, progress: Progress) -> Report:
     measured = []
     for plugin in opened:
         plugin.activate()
-        measured.append(_measure(plugin, options, progress))
+        try:
+            measured.append(_measure(plugin, options, progress))
+        except InputError as error:
+            if options.plugins:
+                raise
+            # One of the many that were found: its data may not be on this machine, and the others are measured all the same.
+            report.setdefault("skipped", []).append({"plugin": plugin.spec.name, "why": str(error)})
     if "plugins" in options.sections:
         report["plugins"] = [_plugin(one, options, progress) for one in measured]
     if "scheduler" in options.sections:

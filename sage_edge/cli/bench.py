@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 from sage_edge.cli.bench_irp import show_irp
 from sage_edge.cli.bench_mailbox import show_mailbox
 from sage_edge.cli.evaluate import settled_line
-from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table, seconds
+from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table, progress_bar, seconds
 from sage_edge.config import load_yaml
 from sage_edge.device import usable_cores
 from sage_edge.errors import InputError
@@ -92,7 +90,7 @@ def _mailbox(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("engine", "case", "data", "examples", "threads", "plots", "peers"):
         if getattr(arguments, name):
             raise InputError(f"--suite mailbox measures no model; leave {name} out (its peers run whenever installed)")
-    with _progress() as progress:
+    with progress_bar("bench") as progress:
         return run_mailbox(arguments.seconds, progress)
 
 
@@ -116,7 +114,7 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
             )
         case = replace(case, precisions=("fp32", "int8"))
     threads = arguments.threads or usable_cores()
-    with _progress() as progress:
+    with progress_bar("bench") as progress:
         if arguments.suite == "slots":
             return run_slots_case(case, threads, arguments.halt, progress)
         return run_case(case, threads, arguments.peers, progress, arguments.plots, not arguments.no_calibrate)
@@ -131,10 +129,12 @@ def _irp(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(
             "--suite irp measures plugins: ENGINE, --case, --data, --plots and --peers do not belong to it; give --plugin"
         )
-    sections = tuple(dict.fromkeys(arguments.section or ("plugins", "scheduler")))
+    # The scheduler's load is made of plugin reason and two solvers; who asks for another plugin alone did not mean it.
+    default = ("plugins",) if arguments.plugin and "reason" not in arguments.plugin else ("plugins", "scheduler")
+    sections = tuple(dict.fromkeys(arguments.section or default))
     options = Options(tuple(arguments.plugin), tuple(arguments.plugins), arguments.examples, sections=sections,
                       profile=find_profile(arguments.profile).name)  # fmt: skip
-    with _progress() as progress:
+    with progress_bar("bench") as progress:
         return run_irp_suite(options, arguments.threads or usable_cores(), progress)
 
 
@@ -143,30 +143,6 @@ def _case(arguments: argparse.Namespace) -> Any:
 
     engine = arguments.engine or REFERENCE_MODEL
     return Case(name=Path(engine).name or "engine", engine=engine, data=arguments.data or "")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """What is being measured: a bar on a terminal, one line a stage elsewhere; both on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        last = ""
-
-        def line(stage: str, done: float) -> None:
-            nonlocal last
-            if stage != last:
-                console.print(f"bench: {stage}")
-            last = stage
-
-        yield line
-        return
-    with Progress(TextColumn("{task.description:44}"), BarColumn(), TimeElapsedColumn(), console=console,
-                  transient=True) as bars:  # fmt: skip
-        task = bars.add_task("bench", total=1.0)
-        yield lambda stage, done: bars.update(task, description=stage, completed=done)
 
 
 def show(report: dict[str, Any]) -> None:

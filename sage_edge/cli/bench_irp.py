@@ -10,6 +10,8 @@ from sage_edge.cli.output import print_table
 def show_irp(report: dict[str, Any]) -> None:
     for plugin in report.get("plugins", []):
         _show_plugin(plugin)
+    for skipped in report.get("skipped", []):
+        print(f"{skipped['plugin']}: not measured: {skipped['why']}")
     if scheduler := report.get("scheduler"):
         _show_simulated(scheduler["simulated"])
         real = scheduler["real"]

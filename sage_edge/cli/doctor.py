@@ -14,7 +14,7 @@ from sage_edge.engines.build import cache_directory
 from sage_edge.models import shipped_names
 
 OPTIONAL = {
-    "torch": "export", "onnxscript": "export", "tensorrt": "tensorrt", "cuda-python": "cuda", "openvino": "peers"
+    "torch": "export", "onnxscript": "export", "tensorrt": "tensorrt", "cuda-bindings": "cuda", "openvino": "peers"
 }  # fmt: skip
 
 

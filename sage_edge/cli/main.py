@@ -8,7 +8,21 @@ import sys
 from collections.abc import Sequence
 
 from sage_edge import __version__
-from sage_edge.cli import bench, build, calibrate, check, doctor, evaluate, export, inspect, mailbox, plugin, run
+from sage_edge.cli import (
+    bench,
+    build,
+    calibrate,
+    check,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    mailbox,
+    plugin,
+    roofline,
+    run,
+    trace,
+)
 from sage_edge.errors import SageError
 
 DESCRIPTION = """\
@@ -35,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"sage-edge {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (doctor, export, build, check, calibrate, run, evaluate, bench, inspect, mailbox, plugin):
+    for command in (
+        doctor, export, build, check, calibrate, run, evaluate, bench, roofline, inspect, mailbox, plugin, trace,
+    ):  # fmt: skip
         command.add(commands)
     return top
 

@@ -94,3 +94,27 @@ def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[str, float], None]]:
+    """Call it with (stage, 0..1): a bar on a terminal, one line a stage elsewhere; both on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        last = ""
+
+        def line(stage: str, done: float) -> None:
+            nonlocal last
+            if stage != last:
+                console.print(f"{title}: {stage}")
+            last = stage
+
+        yield line
+        return
+    with Progress(TextColumn("{task.description:44}"), BarColumn(), TimeElapsedColumn(), console=console,
+                  transient=True) as bars:  # fmt: skip
+        task = bars.add_task(title, total=1.0)
+        yield lambda stage, done: bars.update(task, description=stage, completed=done)

@@ -19,17 +19,19 @@ from sage_edge.specs import Array
 
 def add(subparsers: Subparsers) -> None:
     parser = command(
-        subparsers, "run", run, "answer the requests in an .npz file",
+        subparsers, "run", run, "answer the requests in an .npz file, or run a pipeline of ports and plugins",
         "Read arrays named as the model's observation (HRM: `inputs` int [n, seq_len], optional `puzzle_identifiers`\n"
         "int [n]) and write `prediction` [n, ...], `steps` int32 [n], `halt_reason` [n]\n"
         "and `settled` bool [n]: False where the certificate's acceptance is not sure enough of the prediction.\n"
         "With --all-steps every step runs and `logits_K`, `q_halt_K`, `q_continue_K` (K = 1..N) are written as well;\n"
         "prediction, steps, halt_reason and settled remain those of the halting policy.\n\n"
+        "With --pipeline, mailbox ports are joined to plugins (docs/irp.md), until interrupted or --answers or --seconds:\n\n"
+        "  sage-edge run --pipeline pipeline.yaml --telemetry run.mcap --record run.jsonl\n\n"
         f"halting policies: {HELP};\n`certified` is the policy of the engine's certificate (see `sage-edge calibrate`).",
     )  # fmt: skip
-    parser.add_argument("engine", metavar="ENGINE")
-    parser.add_argument("--inputs", metavar="NPZ", type=Path, required=True)
-    parser.add_argument("--outputs", metavar="NPZ", type=Path, required=True)
+    parser.add_argument("engine", metavar="ENGINE", nargs="?")
+    parser.add_argument("--inputs", metavar="NPZ", type=Path)
+    parser.add_argument("--outputs", metavar="NPZ", type=Path)
     parser.add_argument(
         "--halt", metavar="POLICY", help="default: `certified` when the engine has a certificate, else `learned`"
     )
@@ -41,9 +43,36 @@ def add(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--all-steps", action="store_true")
     parser.add_argument("--threads", type=positive, help="CPU threads")
+    pipeline = parser.add_argument_group("pipeline")
+    pipeline.add_argument("--pipeline", metavar="YAML", type=Path, help="run this pipeline instead of an engine")
+    pipeline.add_argument("--answers", metavar="N", type=positive, help="stop after so many answers")
+    pipeline.add_argument("--seconds", metavar="S", type=float, help="stop after so long")
+    pipeline.add_argument("--record", metavar="JSONL", type=Path, help="record the run for `sage-edge trace replay`")
+    pipeline.add_argument(
+        "--telemetry", metavar="FILE", type=Path, help="a record a step and an answer: .jsonl or .mcap"
+    )
+    pipeline.add_argument(
+        "--plugins", metavar="DIR", type=Path, action="append", default=[], help="look for plugins there"
+    )
+    parser.set_defaults(wrong_use=parser.error)
+
+
+ENGINE_ONLY = ("engine", "inputs", "outputs", "halt", "max_steps", "trace", "threads")
+PIPELINE_ONLY = ("answers", "seconds", "record", "telemetry", "plugins")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    kind, other = ("--pipeline", ENGINE_ONLY) if arguments.pipeline else ("ENGINE", PIPELINE_ONLY)
+    if foreign := [
+        name for name in (*other, "all_steps") if getattr(arguments, name) and (arguments.pipeline or name in other)
+    ]:
+        arguments.wrong_use(f"{foreign[0].replace('_', '-')} does not go with {kind}")
+    if arguments.pipeline:
+        from sage_edge.cli.run_pipeline import run_with_pipeline
+
+        return run_with_pipeline(arguments)
+    if not (arguments.engine and arguments.inputs and arguments.outputs):
+        arguments.wrong_use("ENGINE, --inputs and --outputs are needed, or --pipeline")
     observation = read_npz(arguments.inputs)
     with stages("build") as progress:
         opened = open_session(arguments.engine, arguments.threads, progress)

@@ -16,6 +16,7 @@ from sage_edge.config import dump_yaml
 from sage_edge.device import machine, usable_cores, version
 from sage_edge.engines.manifest import FORMAT, MANIFEST_FILE, Manifest, load_manifest
 from sage_edge.engines.ort import OrtRunner
+from sage_edge.engines.runner import Runner
 from sage_edge.errors import GateError, InputError
 from sage_edge.files import replacing_directory, sha256
 
@@ -186,12 +187,16 @@ def _gate(folder: Path, bundle: Bundle, recipe: BuildRecipe, digest: str) -> tup
     return tuple(GateResult(**asdict(finding)) for finding in findings)
 
 
-def open_engine(folder: Path, threads: int | None = None) -> OrtRunner:
+def open_engine(folder: Path, threads: int | None = None) -> Runner:
     """A runner (not yet active) for an engine folder, after checking every digest.
 
     threads: overrides the recipe's. Raises InputError / IntegrityError, also for an engine of another machine.
     """
     manifest, bundle = load_manifest(folder)
+    if manifest.gpu is not None:
+        from sage_edge.engines.accelerated import open_accelerated
+
+        return open_accelerated(folder, manifest, bundle)
     if manifest.device != machine().key:
         raise InputError(
             f"{folder}: built for {manifest.device!r}, this machine is {machine().key!r}; build it here from its bundle"

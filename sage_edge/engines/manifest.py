@@ -14,7 +14,9 @@ from typing import Literal
 
 from sage_edge.bundle import BUNDLE_FILE, Bundle, GateResult, verify_files
 from sage_edge.config import load_yaml
+from sage_edge.engines.gpu_recipe import GpuRecipe
 from sage_edge.errors import InputError
+from sage_edge.specs import Precision
 
 FORMAT = "sage-edge-engine/1"
 MANIFEST_FILE = "manifest.yaml"
@@ -22,12 +24,13 @@ MANIFEST_FILE = "manifest.yaml"
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of manifest.yaml."""
+    """The content of manifest.yaml. For engines of accelerators: gpu: the recipe as used; key: of the
+    recipe as asked for (`accelerated_key`); notes: what did not go as asked for."""
 
     format: Literal["sage-edge-engine/1"]
     name: str
-    target: Literal["cpu"]
-    precision: Literal["fp32", "int8"]
+    target: str
+    precision: Precision | Literal["mixed"]
     slots: int
     threads: int
     bundle_sha256: str
@@ -37,6 +40,9 @@ class Manifest:
     fused: dict[str, int]
     gate: tuple[GateResult, ...]
     spin: bool = True
+    key: str = ""
+    gpu: GpuRecipe | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_manifest(folder: Path) -> tuple[Manifest, Bundle]:

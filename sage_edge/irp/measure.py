@@ -69,7 +69,7 @@ def record_traces(
         for state in states:
             plugin.release(state)
         progress(rows[-1] + 1)
-    if not (np.isfinite(quality).all() and np.isfinite(energies).all()):
+    if not (np.isfinite(quality).all() and np.isfinite(signals[:, :, 0]).all()):
         raise InputError(
             f"plugin {plugin.spec.name}: quality or energy is NaN or Inf on some of the {len(examples)} examples"
         )

@@ -72,6 +72,17 @@ class Paired:
         return product / scale if scale else 0.0
 
 
+def items_to_show(loss: float, confidence: float) -> int:
+    """How many items would show a fall of at most `loss` (a share) if none differed between the two; 0 < loss < 1."""
+    low, high = 0, 1
+    while Paired(high, 0, 0, 0).interval(confidence)[1] > loss:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if Paired(middle, 0, 0, 0).interval(confidence)[1] > loss else (low, middle)
+    return high
+
+
 def wilson(rate: float, items: int, confidence: float) -> tuple[float, float]:
     """Wilson's score interval for a proportion (JASA 1927, 22:209)."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)

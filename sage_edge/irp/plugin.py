@@ -77,11 +77,12 @@ class Plugin(ABC, Generic[S]):
     def __init__(self, spec: PluginSpec) -> None:
         self.spec = spec
         # Set by who opened the plugin (`irp.registry`): what halting was certified as, what its steps are worth, a
-        # digest that names its code, options and weights, and the folder it was found in.
+        # digest that names its code, options and weights, the folder it was found in, and the options given beside plugin.yaml.
         self.certificate: Certificate | None = None
         self.worth: WorthTable | None = None
         self.digest = ""
         self.folder: Path | None = None
+        self.options: dict[str, Any] = {}
 
     # --- what a plugin must write -------------------------------------------------------------------------------------
 

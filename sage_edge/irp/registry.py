@@ -3,7 +3,7 @@
 Where they are looked for, all at once:
   folders that the user gives (`--plugins DIR`, $SAGE_EDGE_PLUGINS): DIR itself, or its sub-folders with a plugin.yaml
   `plugins_irp/` below the current folder
-  the project's own: `sage_edge/plugins/` of an installation, `plugins_irp/` of the repository
+  the project's own: `sage_edge/plugins_irp/` of an installation, `plugins_irp/` of the repository
   entry points of the group `sage_edge.plugins`: a package with a plugin.yaml in it, or a Plugin class with a `spec`
 Listing reads plugin.yaml only. Opening a plugin runs its code: open only what you trust.
 """
@@ -54,7 +54,9 @@ class Found:
 def find_plugins(folders: Sequence[Path] = ()) -> list[Found]:
     """All plugins, those of given folders first. A plugin.yaml that cannot be read is listed with its error."""
     found: dict[Path | str, Found] = {}
-    own = next((f for f in (PACKAGE / "plugins", PACKAGE.parent / "plugins_irp") if f.is_dir()), PACKAGE / "plugins")
+    own = next(
+        (f for f in (PACKAGE / "plugins_irp", PACKAGE.parent / "plugins_irp") if f.is_dir()), PACKAGE / "plugins_irp"
+    )
     given = [*folders, *(Path(p) for p in os.environ.get(VARIABLE, "").split(os.pathsep) if p)]
     places: list[tuple[Origin, Path]] = [
         *(("given", f) for f in given),
@@ -99,7 +101,7 @@ def open_plugin(
     kind = _class(found, found.spec)
     chosen = {**found.spec.options, **(options or {})}
     plugin = _made(kind, found.spec, chosen)
-    plugin.folder = found.folder
+    plugin.folder, plugin.options = found.folder, dict(options or {})
     plugin.digest = _digest(found, found.spec, plugin, chosen)
     load_home(plugin)
     return plugin

@@ -205,13 +205,10 @@ class TrustScheduler:
             if known is not None and known.captured > captured:
                 late += 1
                 continue
-            new = Entry(
-                place, Rectangle(*values[-4:]), frame, captured, cost, trust, priority, now, 0, len(self.levels)
-            )
+            history = (now, 0, len(self.levels), 0, 0)
             if known is not None:
-                new = replace(new, since=known.since, pinned=known.pinned, level=known.level, ceiling=known.ceiling,
-                              backoff=known.backoff)  # fmt: skip
-            entries[place] = new
+                history = (known.since, known.pinned, known.level, known.ceiling, known.backoff)
+            entries[place] = Entry(place, Rectangle(*values[-4:]), frame, captured, cost, trust, priority, *history)
         kept = _freshest(entries, self.capacity, now - self.ttl_ns)
         return AttentionState(
             kept,
@@ -254,8 +251,10 @@ class TrustScheduler:
                 continue
             if level < everyone:
                 pinned = entry.pinned if entry.pinned > now else now + self.pin_ns
-                entry = replace(entry, since=now, pinned=pinned)
-            entries[entry.place] = replace(entry, level=level)
+                entry = replace(entry, since=now, pinned=pinned, level=level)
+            elif level != entry.level:
+                entry = replace(entry, level=level)
+            entries[entry.place] = entry
         issue = tuple(self._item(state.entries[place], level) for place, level in chosen.level.items())
         return replace(state, entries=entries), Decision(issue, tuple(demoted), chosen.spent)
 

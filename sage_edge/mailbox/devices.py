@@ -12,6 +12,7 @@ import functools
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,6 +71,13 @@ class DeviceMemory:
                 self._events[slot] = self.driver.new_event()
             return self._events[slot]
 
+    def _until_unused(self, port: FocusPort, free: Callable[[], None]) -> None:
+        """Call `free` when no loan, item or view of the port is left: each of them keeps the port object alive."""
+        if _native.pinned(port):
+            weakref.finalize(port, free)
+        else:
+            free()
+
     def _open(self, port: FocusPort) -> int:
         """Learn where the port is mapped; its size in bytes."""
         self.address, size, _, self.index, _, self.created = _native.mapping(port)
@@ -111,11 +119,15 @@ class RegisteredMemory(DeviceMemory):
         seen = self.driver.register(self.address, size)
         kind = DLPACK_CPU if self.driver.device_type == DLPACK_CPU else DLPACK_CUDA_HOST
         _native.place(port, payload=0, device_base=seen, device_type=kind, device=self.driver.device)
-        self._exchange = Exchange(port.directory, port.name, self.index, self._provide)
+        try:
+            self._exchange = Exchange(port.directory, port.name, self.index, self._provide)
+        except BaseException:
+            self.driver.unregister(self.address)
+            raise
 
     def detach(self, port: FocusPort) -> None:
         super().detach(port)
-        self.driver.unregister(self.address)
+        self._until_unused(port, functools.partial(self.driver.unregister, self.address))
 
 
 class VmmMemory(DeviceMemory):
@@ -141,17 +153,21 @@ class VmmMemory(DeviceMemory):
                 self._allocation = self.driver.allocate(bytes_wanted)
             self._payload = self.driver.map(self._allocation)
             device = self.driver
-            _native.place(
-                port, payload=self._payload, device_base=0, device_type=device.device_type, device=device.device
-            )
-            if fresh:
-                _drain(port)
-            self._exchange = Exchange(port.directory, port.name, self.index, self._provide)
+            try:
+                _native.place(
+                    port, payload=self._payload, device_base=0, device_type=device.device_type, device=device.device
+                )
+                if fresh:
+                    _drain(port)
+                self._exchange = Exchange(port.directory, port.name, self.index, self._provide)
+            except BaseException:
+                device.unmap(self._payload, self._allocation)
+                raise
 
     def detach(self, port: FocusPort) -> None:
         super().detach(port)
         if self._allocation is not None:
-            self.driver.unmap(self._payload, self._allocation)
+            self._until_unused(port, functools.partial(self.driver.unmap, self._payload, self._allocation))
             self._allocation = None
 
     def _adopt(self, port: FocusPort, size: int) -> Allocation | None:

@@ -68,7 +68,10 @@ def memory_kind(name: str) -> MemoryKind:
 
 
 def huge_pages_state() -> str | None:
-    """What the kernel does for shared memory that asks for huge pages: always, within_size, advise, never, deny, force; None: unknown."""
+    """What the kernel does for shared memory that asks for huge pages: always, within_size, advise, never, deny or force.
+
+    None where it does not say.
+    """
     try:
         text = SHMEM_ENABLED.read_text(encoding="ascii")
     except OSError:

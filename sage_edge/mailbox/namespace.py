@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -67,8 +68,8 @@ class Mailbox:
             "dtype": None if spec.dtype is None else np.dtype(spec.dtype),
         }  # fmt: skip
         with self._opening(name, spec, arguments) as complete:
-            port = FocusPort(complete, spec, self.directory, spin_us, kind)
-        return port
+            return FocusPort(complete, spec, self.directory, spin_us, kind)
+        raise AssertionError("_opening does not swallow errors")
 
     def broadcast(self, name: str, spec: PortSpec | None = None, *, spin_us: float = DEFAULT_SPIN_US) -> BroadcastPort:
         """Open the broadcast port `name`, as `focus` does. A reader begins with what is sent from now on."""
@@ -81,8 +82,8 @@ class Mailbox:
             "record_bytes": size, "policy": 0, "per_producer": 0, "ttl_us": 0, "dtype": spec.record_dtype,
         }  # fmt: skip
         with self._opening(name, spec, arguments) as complete:
-            port = BroadcastPort(complete, spec, self.directory, spin_us)
-        return port
+            return BroadcastPort(complete, spec, self.directory, spin_us)
+        raise AssertionError("_opening does not swallow errors")
 
     def names(self) -> list[str]:
         """The ports that exist in memory now, sorted."""
@@ -93,8 +94,9 @@ class Mailbox:
 
     def view(self, name: str) -> PortView:
         """A read-only look at a port: statistics and tap from one mapping. Raises InputError, MismatchError."""
+        _checked(name)
         with self._directory(create=False) as directory:
-            return PortView(_native.Observer(directory, _checked(name)), name)
+            return PortView(_native.Observer(directory, name), name)
 
     def stats(self, name: str) -> PortStats:
         return self.view(name).stats()
@@ -104,13 +106,16 @@ class Mailbox:
 
     def remove(self, name: str) -> None:
         """Remove a port. Who has it open gets ClosedError at the next operation. A damaged file is unlinked."""
+        _checked(name)
         with self._directory(create=False) as directory:
             try:
-                _native.remove_port(directory, _checked(name))
+                _native.remove_port(directory, name)
             except MismatchError:
                 os.unlink(name, dir_fd=directory)
             for leftover in os.listdir(directory):
-                if leftover.startswith((f".wait.{name}.", f".exchange.{name}@")):
+                # A name may hold dots: what comes after it must be an index and an identity, or it is another port's.
+                fifo = re.fullmatch(rf"\.wait\.{re.escape(name)}\.\d+\.[0-9a-f]+", leftover)
+                if fifo or leftover.startswith(f".exchange.{name}@"):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(leftover, dir_fd=directory)
 
@@ -194,4 +199,6 @@ def _checked(name: str) -> str:
 
 def _label() -> str:
     """What others see as this process's name: the script or module, at most 31 bytes."""
-    return Path(sys.argv[0] if sys.argv else "").name.encode("utf-8", "replace")[:31].decode("utf-8", "ignore") or "python"
+    return (
+        Path(sys.argv[0] if sys.argv else "").name.encode("utf-8", "replace")[:31].decode("utf-8", "ignore") or "python"
+    )

@@ -42,7 +42,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Owner:
-    """One open handle. `sends` and `receives`: has done so; `loaned` and `held`: its slots now; `counts` since the entry exists."""
+    """One open handle. `sends`, `receives`: has done so; `loaned`, `held`: its slots now; `counts`: since the entry exists."""
 
     index: int
     pid: int
@@ -134,7 +134,9 @@ class PortView:
             producers=0 if focus else int(np.count_nonzero(table["owner"])),
             counts={name: int(totals[i]) for i, name in enumerate(layout.COUNTERS)},
             latency=Histogram(tuple(int(n) for n in statistics["latency"].sum(axis=0))),
-            owners=tuple(self._owner(i, participants, statistics, words) for i in np.flatnonzero(participants["identity"])),
+            owners=tuple(
+                self._owner(int(i), participants, statistics, words) for i in np.flatnonzero(participants["identity"])
+            ),
             removed=self.observer.removed,
         )
 
@@ -147,7 +149,7 @@ class PortView:
         mine = [layout.state(w) for w in words if layout.owner(w) == index]
         identity, role = int(entry["identity"]), int(entry["role"])
         return Owner(
-            index=int(index),
+            index=index,
             pid=layout.pid(identity),
             name=bytes(entry["name"]).split(b"\0")[0].decode("utf-8", "replace"),
             alive=not _native.is_dead(identity),

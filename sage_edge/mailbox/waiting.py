@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import time
+import weakref
 from collections.abc import Callable
 from typing import Protocol
 
@@ -22,9 +24,10 @@ class FifoWaiter:
     """The FIFO of one port handle. Any number of coroutines of one loop may wait at once."""
 
     def __init__(self, port: _Port) -> None:
-        self._port = port
-        self._fd = port._open_fifo()
+        self._fd = -1
         self._waiting: set[asyncio.Future[None]] = set()
+        self._port = weakref.proxy(port)  # the port has us: a cycle would keep its slots until the next collection
+        self._fd = port._open_fifo()
 
     async def wait(self, space: bool, seconds: float) -> None:
         """Return when there may be something to receive (space: room to loan), at the latest after 50 ms or `seconds`."""
@@ -44,14 +47,12 @@ class FifoWaiter:
                 timer.cancel()
         finally:
             self._waiting.discard(future)
-            if not self._waiting:
+            if not self._waiting and self._fd >= 0:
                 loop.remove_reader(self._fd)
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):  # the timer, not a byte
             os.read(self._fd, 4096)
-        except BlockingIOError:
-            pass  # the timer, not a byte
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)
@@ -66,6 +67,9 @@ class FifoWaiter:
             self._waiting.clear()
             os.close(self._fd)
             self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def remaining(timeout: float | None) -> Callable[[], float]:

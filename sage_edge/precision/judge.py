@@ -10,6 +10,7 @@ import onnx
 from sage_edge.bundle import BUNDLE_FILE, load_bundle
 from sage_edge.device import usable_cores
 from sage_edge.engines.build import BUILDER_VERSION, cache_directory
+from sage_edge.engines.fuse import fuse
 from sage_edge.engines.ort import OrtRunner
 from sage_edge.files import replacing_directory, sha256
 from sage_edge.precision.qdq import judging
@@ -22,7 +23,9 @@ def write_judging(bundle: Path, refine: onnx.ModelProto, folder: Path) -> None:
     """Put encode and decode of `bundle`, and the judging form of a lowered `refine`, into an existing folder."""
     for name in ("encode", "decode"):
         shutil.copyfile(bundle / f"{name}.onnx", folder / f"{name}.onnx")
-    onnx.save(judging(refine), str(folder / "refine.onnx"))
+    model = judging(refine)
+    fuse(model)  # what lies between roundings, such as norms, is the same float32 arithmetic fused, and faster
+    onnx.save(model, str(folder / "refine.onnx"))
 
 
 def judging_runner(folder: Path, model: ModelSpec, slots: int, threads: int, digest: str) -> OrtRunner:

@@ -81,7 +81,8 @@ def lower_bundle(
         raise InputError(
             f"{source}: is lowered already ({bundle.precision}); lower the fp32 bundle that it was made from"
         )
-    with Workbench(source, bundle, data, request.plan.limits, threads, progress) as bench:
+    attempts = 1 if strict else ATTEMPTS
+    with Workbench(source, bundle, data, request.plan.limits, threads, progress, attempts) as bench:
         asked = _asked(request, bench.layers)
         found, report = _settle(bench, asked, strict)
         lowering = _describe(bench, found, report, request)

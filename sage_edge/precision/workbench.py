@@ -22,7 +22,9 @@ from sage_edge.check import Finding, Reference, record
 from sage_edge.dataset import Dataset
 from sage_edge.engines.build import BuildRecipe, build, open_engine
 from sage_edge.engines.runner import Runner
+from sage_edge.errors import InputError
 from sage_edge.evaluate import collect
+from sage_edge.irp.paired import items_to_show
 from sage_edge.irp.traces import Traces
 from sage_edge.precision.equalise import equalise, find_pairs
 from sage_edge.precision.gate import (
@@ -78,12 +80,13 @@ def data_digest(data: Dataset | dict[str, Array]) -> str:
 class Workbench:
     """One fp32 model and its data; a context manager. `layers`, `pairs`, `ranges`, `items` are facts about them.
 
-    data: a dataset, or observations alone: then accuracy is not judged. threads: CPU threads of every runner.
+    data: a dataset, or observations alone: then accuracy is not judged. threads: CPU threads of every runner. attempts: how
+    many plans may be put to `judge`. Raises InputError for data that does not fit the model or cannot show what is asked.
     """
 
     def __init__(
         self, source: Path, bundle: Bundle, data: Dataset | dict[str, Array], limits: Limits, threads: int,
-        progress: Callable[[str], None],
+        progress: Callable[[str], None], attempts: int = 1,
     ) -> None:  # fmt: skip
         self.source, self.bundle, self.limits, self.threads, self.progress = source, bundle, limits, threads, progress
         self.data = data if isinstance(data, Dataset) else None
@@ -94,7 +97,22 @@ class Workbench:
         order = np.random.default_rng(SEED).permutation(self.items)
         design = math.ceil(DESIGN_SHARE * self.items) if self.data is not None else self.items
         self.design, self.certify = order[:design][:DESIGN_ITEMS], order[design:]
+        self._require_items(attempts)
         self._screened: dict[tuple[tuple[str, str], ...], Screened] = {}
+
+    def _require_items(self, attempts: int) -> None:
+        """Raise InputError when the final judgement could not pass even if nothing differed."""
+        needed = items_to_show(self.limits.points / 100, self._confidence(attempts))
+        if self.data is not None and len(self.certify) < needed:
+            raise InputError(
+                f"{self.data.path}: too little data: of {self.items} examples {len(self.certify)} are left to judge; they cannot "
+                f"show a fall of at most {self.limits.points:g} points; about {math.ceil(needed / (1 - DESIGN_SHARE)) + 2} would "
+                "do if few answers differ"
+            )
+
+    def _confidence(self, attempts: int) -> float:
+        """The confidence of each of `attempts` judgements, so that all of them together keep the promised one."""
+        return 1 - (1 - self.limits.confidence) / attempts
 
     def __enter__(self) -> Workbench:
         self._stack = ExitStack()
@@ -172,7 +190,7 @@ class Workbench:
         return Screened(not failed, failed, float(np.mean([step.error for step in steps])))
 
     def judge(self, plan: Plan, attempts: int) -> PrecisionReport:
-        """The gate on items that had no part in choosing `plan`; `attempts`: among how many judgements to divide the error."""
+        """The gate on items that had no part in choosing `plan`; attempts: among how many judgements the error is divided."""
         self.progress(f"final gate on {len(self.certify) or len(self.design)} items")
         lowered = self.lowered(plan)
         with self._runner(plan) as runner:
@@ -181,7 +199,7 @@ class Workbench:
             findings += life_findings(runner, self._reference, self.limits)
             findings.append(headroom_finding(headroom(self.ranges, lowered.halves), self.limits))
             if self.data is not None:
-                strict = replace(self.limits, confidence=1 - (1 - self.limits.confidence) / attempts)
+                strict = replace(self.limits, confidence=self._confidence(attempts))
                 findings += task_findings(self._fp32_certify(), self._traces(runner, self.certify), strict)
             else:
                 findings.append(Finding("accuracy", True, "not judged: no dataset with answers was given"))

@@ -32,7 +32,8 @@ from sage_edge.irp.plugin import Observation, Plugin, Result
 from sage_edge.irp.worth import WorthTable, from_arrays, to_arrays
 from sage_edge.sharing.clock import RecordingClock
 from sage_edge.sharing.costs import Costs
-from sage_edge.sharing.loop import Loop, Recorder, Rows
+from sage_edge.sharing.loop import Loop
+from sage_edge.sharing.requests import Recorder, Rows
 from sage_edge.sharing.scheduler import Decision, Outcome, SharingState, Task
 
 FORMAT = "sage-edge-recording/1"
@@ -55,13 +56,15 @@ class FileRecorder(Recorder):
         """Write the header. Raises InputError for a budget in millijoules, whose sensor readings are not recorded."""
         if loop.settings.budget.unit != "ms":
             raise InputError("recording: a budget in millijoules cannot be replayed; record with unit ms")
-        self.clock.taken()
         self._write({
             "event": "header", "format": FORMAT, "settings": asdict(loop.settings), "epoch": loop.clock.epoch,
             "plugins": {name: _account(loop.state, name, plugin) for name, plugin in loop.plugins.items()},
             "versions": {"sage-edge": __version__, "numpy": version("numpy"), "onnxruntime": version("onnxruntime")},
             "machine": machine().key,
         })  # fmt: skip
+
+    def starting(self) -> None:
+        self.clock.taken()  # what others read of this clock meanwhile is not the loop's
 
     def submitted(
         self, task: Task, observation: Observation, halt: str, entity_id: str, deadline_ms: float | None
@@ -177,7 +180,8 @@ def costs_of(facts: Event) -> Costs:
 def _account(state: SharingState, name: str, plugin: Plugin[Any]) -> Event:
     account = state.accounts[name]
     return {
-        "digest": plugin.digest, "spec": dump_yaml(plugin.spec), "signals": list(plugin.signals),
+        "digest": plugin.digest, "options": plain(plugin.options), "spec": dump_yaml(plugin.spec),
+        "signals": list(plugin.signals),
         "own_halt": type(plugin).halt is not Plugin.halt, "batch_sizes": list(account.sizes),
         "worth": plain(to_arrays(account.worth)),
         "costs": {"ms": plain(account.costs.ms_by_size), "atp": plain(account.costs.atp_by_size)},

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sage_edge.config import parse_yaml
@@ -18,11 +19,13 @@ from sage_edge.errors import InputError, IntegrityError, SageError
 from sage_edge.irp.halting import History, Policy
 from sage_edge.irp.plugin import Observation, Plugin, Result
 from sage_edge.irp.profiles import Profile
+from sage_edge.irp.registry import open_plugin
 from sage_edge.irp.spec import PluginSpec
 from sage_edge.sharing.budget import Budget
 from sage_edge.sharing.clock import ReplayClock
-from sage_edge.sharing.loop import Loop, Recorder, Rows, Ticket
+from sage_edge.sharing.loop import Loop
 from sage_edge.sharing.recording import Event, costs_of, restored, table_of, tick_facts
+from sage_edge.sharing.requests import Recorder, Rows, Ticket
 from sage_edge.sharing.scheduler import Decision, Outcome, Settings
 
 RELATIVE = 1e-4  # of energies: another CPU may round differently; decisions must be the same whatever it does
@@ -101,6 +104,21 @@ class _Seen(Recorder):
 
     def ticked(self, decision: Decision, outcome: Outcome, results: Mapping[int, Result], rows: Rows) -> None:
         self.facts = json.loads(json.dumps(tick_facts(decision, outcome, results)))
+
+
+def plugins_of(header: Event, folders: Sequence[Path]) -> dict[str, Plugin[Any]]:
+    """The plugins that a recording was made with, opened by their own names and options, found here or in `folders`.
+
+    Raises InputError when one is not found, or for a header of nonsense.
+    """
+    try:
+        facts = {
+            name: (parse_yaml(facts["spec"], PluginSpec, "recording").name, dict(facts["options"]))
+            for name, facts in header["plugins"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"recording: its header makes no sense: {type(error).__name__}: {error}") from error
+    return {name: open_plugin(own, folders, options) for name, (own, options) in facts.items()}
 
 
 def replay(header: Event, events: Sequence[Event], plugins: Mapping[str, Plugin[Any]] | None) -> Replayed:

@@ -3,29 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sage_edge.bundle import GRAPH_NAMES, load_bundle
+from sage_edge.engines.accelerated import build_accelerated
+from sage_edge.engines.accelerator_null import NullDevice
 from sage_edge.engines.build import open_bundle, open_engine
+from sage_edge.engines.device_runner import DeviceRunner, RunOptions
+from sage_edge.engines.gpu_recipe import GpuRecipe, Profile
 from sage_edge.engines.null import NullRunner
+from sage_edge.engines.ort_program import OrtProgram
+from sage_edge.engines.program import Program
 from sage_edge.engines.runner import Runner, State
 from sage_edge.errors import InputError
 from sage_edge.models import load
 from sage_edge.specs import Array
 
-IMPLEMENTATIONS = ("null", "bundle", "engine")
+IMPLEMENTATIONS = ("null", "bundle", "engine", "device", "device-early", "tensorrt-stand-in")
+
+
+def null_device_runner(folder: Path, options: RunOptions) -> Runner:
+    bundle = load_bundle(folder)
+    programs: dict[str, Program] = {n: OrtProgram(folder / f"{n}.onnx", bundle.graph(n)) for n in GRAPH_NAMES}
+    return DeviceRunner(bundle, 4, "0" * 64, NullDevice(), programs, options)
+
+
+@pytest.fixture(scope="session")
+def tensorrt_engine(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny HRM built by the TensorRT target, with ONNX Runtime in TensorRT's place (tests/devices)."""
+    pytest.importorskip("cuda.bindings.runtime")
+    from tests.devices import fake_tensorrt
+
+    recipe = GpuRecipe("desktop", "tensorrt", "fp32", (Profile(1, 1, 1), Profile(2, 4, 4)))
+    with fake_tensorrt.installed():
+        return build_accelerated(tiny_bundle, recipe, tmp_path_factory.mktemp("tensorrt") / "engine").path
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def make(request: pytest.FixtureRequest) -> Callable[[], Runner]:
+def make(request: pytest.FixtureRequest) -> Iterator[Callable[[], Runner]]:
     if request.param == "null":
-        return lambda: NullRunner(4)
-    if request.param == "bundle":
+        yield lambda: NullRunner(4)
+    elif request.param == "bundle":
         bundle = request.getfixturevalue("tiny_bundle")
-        return lambda: open_bundle(bundle, slots=4)
-    engine = request.getfixturevalue("tiny_engine")
-    return lambda: open_engine(engine)
+        yield lambda: open_bundle(bundle, slots=4)
+    elif request.param.startswith("device"):  # the logic of GPU engines on the null device, with real arithmetic
+        bundle = request.getfixturevalue("tiny_bundle")
+        options = RunOptions(speculate="always" if request.param == "device-early" else "auto")
+        yield lambda: null_device_runner(bundle, options)
+    elif request.param == "tensorrt-stand-in":
+        engine = request.getfixturevalue("tensorrt_engine")
+        from tests.devices import fake_tensorrt
+
+        with fake_tensorrt.installed():
+            yield lambda: open_engine(engine)
+    else:
+        engine = request.getfixturevalue("tiny_engine")
+        yield lambda: open_engine(engine)
 
 
 @pytest.fixture

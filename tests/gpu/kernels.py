@@ -65,7 +65,7 @@ def _nvrtc(architecture: str) -> bytes | None:
         nvrtc.nvrtcGetProgramLog(program, log)
         raise RuntimeError(f"NVRTC: {log.decode(errors='replace')}")
     _, size = nvrtc.nvrtcGetCUBINSize(program)
-    image = b" " * size
+    image: bytes = b" " * size
     nvrtc.nvrtcGetCUBIN(program, image)
     return image
 

@@ -69,7 +69,7 @@ def stream_of(driver: CudaDriver) -> Any:
     return driver._call("cuStreamCreate", driver.cuda.CUstream_flags.CU_STREAM_NON_BLOCKING.value)
 
 
-def address(tensor: Any) -> np.uint64:
+def address(tensor: Any) -> Any:
     return np.uint64(tensor.__cuda_array_interface__["data"][0])
 
 

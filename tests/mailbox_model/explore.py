@@ -22,7 +22,7 @@ class Result(Generic[S]):
         return f"{self.states} states" + (f": {self.violation}\n  " + "\n  ".join(self.trace) if self.violation else "")
 
 
-class Violation(Exception):
+class ViolationError(Exception):
     """Raised by a model's step for something that must not happen."""
 
 
@@ -55,7 +55,7 @@ def explore(
                 if following not in parents:
                     parents[following] = (state, label)
                     queue.append(following)
-        except Violation as error:
+        except ViolationError as error:
             return Result(len(parents), str(error), trace(state))
         if len(parents) > limit:
             raise RuntimeError(f"more than {limit} states")

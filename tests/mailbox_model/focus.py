@@ -1,4 +1,4 @@
-"""The focus port as a model: loan, send, cancel, drop-oldest, receive, release, join and sweep, and a tap that looks on; one shared access a step.
+"""The focus port as a model: loan, send, cancel, drop-oldest, receive, release, join, sweep, tap; one shared access a step.
 
 Left out where it changes nothing: the load before a CAS that compares the whole word again (a stale load only means another
 try). Kept apart, step by step: what the proofs in LAYOUT.md rest on - both looks of receive word by word, and the sweep's
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tests.mailbox_model.explore import Violation
+from tests.mailbox_model.explore import ViolationError
 
 FREE, LOANED, READY, HELD = "FREE", "LOANED", "READY", "HELD"
 Word = tuple[str, int, int]  # state, owner, ticket
@@ -37,7 +37,7 @@ class Actor(NamedTuple):
     role: str  # producer, consumer, sweeper
     pc: str
     identity: int = 0
-    index: int = -1
+    place: int = -1  # index of its entry
     left: int = 0  # items to send or receive
     sent: int = 0
     slot: int = -1
@@ -94,7 +94,7 @@ class Focus:
     bugs: Bugs = Bugs()
 
     def start(self) -> State:
-        actors = []
+        actors: list[Actor] = []
         for role, count in (("producer", self.producers), ("consumer", self.consumers)):
             for _ in range(count):
                 number = len(actors) + 1
@@ -135,7 +135,7 @@ class Focus:
         if 0 in s.identities:
             index = s.identities.index(0)
             identities = _put(s.identities, index, a.identity)
-            yield f"joins as {index}", s._replace(identities=identities), a._replace(pc="idle", index=index)
+            yield f"joins as {index}", s._replace(identities=identities), a._replace(pc="idle", place=index)
 
     def _producer(self, s: Shared, a: Actor) -> Iterator[tuple[str, Shared, Actor]]:
         if a.pc == "join":
@@ -151,7 +151,7 @@ class Focus:
                 if self.bugs.steal_held and state == HELD:
                     wanted = True
                 if wanted:
-                    word = (LOANED, a.index, ticket)
+                    word = (LOANED, a.place, ticket)
                     pc = "ticket" if self.bugs.publish_first else "first"
                     value = (a.identity, a.sent + 1)
                     following = a._replace(pc=pc, slot=slot, word=word, value=value)
@@ -170,15 +170,15 @@ class Focus:
             yield "descriptor", s._replace(described=_put(s.described, a.slot, a.ticket)), a._replace(pc="publish")
         elif a.pc == "publish":
             if s.words[a.slot] != a.word:
-                raise Violation(f"the loan of a living producer was taken: {a.word} is now {s.words[a.slot]}")
-            shared = s._replace(words=_put(s.words, a.slot, (READY, a.index, a.ticket)))
+                raise ViolationError(f"the loan of a living producer was taken: {a.word} is now {s.words[a.slot]}")
+            shared = s._replace(words=_put(s.words, a.slot, (READY, a.place, a.ticket)))
             sent = _settled(a)._replace(left=a.left - 1, sent=a.sent + 1)
             yield "publish", shared, a._replace(pc="first") if self.bugs.publish_first else sent
         elif a.pc == "cancel ticket":
             yield "ticket", s._replace(tickets=s.tickets + 1), a._replace(pc="cancel", ticket=s.tickets)
         elif a.pc == "cancel":
             if s.words[a.slot] != a.word:
-                raise Violation(f"the loan of a living producer was taken: {a.word} is now {s.words[a.slot]}")
+                raise ViolationError(f"the loan of a living producer was taken: {a.word} is now {s.words[a.slot]}")
             ticket = a.word[2] if self.bugs.cancel_keeps_ticket else a.ticket
             shared = s._replace(words=_put(s.words, a.slot, (FREE, 0, ticket)))
             yield "cancelled", shared, _settled(a)._replace(left=a.left - 1)
@@ -211,7 +211,7 @@ class Focus:
             if s.words[slot] != word and not self.bugs.blind_take:
                 yield "too late", s, _settled(a)
                 return
-            held = (HELD, a.index, word[2])
+            held = (HELD, a.place, word[2])
             pc = "release" if self.bugs.release_first else "read"
             following = a._replace(pc=pc, slot=slot, word=held)
             yield f"take {slot}", s._replace(words=_put(s.words, slot, held)), following
@@ -221,7 +221,7 @@ class Focus:
             yield "read second half", *self._receive(s, a)
         elif a.pc == "release":
             if s.words[a.slot] != a.word:
-                raise Violation(f"the item of a living consumer was taken: {a.word} is now {s.words[a.slot]}")
+                raise ViolationError(f"the item of a living consumer was taken: {a.word} is now {s.words[a.slot]}")
             shared = s._replace(words=_put(s.words, a.slot, (FREE, 0, a.word[2])))
             if self.bugs.release_first:
                 yield "release", shared, a._replace(pc="read")
@@ -231,14 +231,16 @@ class Focus:
     def _receive(self, s: Shared, a: Actor) -> tuple[Shared, Actor]:
         value = s.second[a.slot]
         if value != a.value:
-            raise Violation(f"torn: {a.value} and {value}")
+            raise ViolationError(f"torn: {a.value} and {value}")
         if value == NOTHING or value in s.delivered:
-            raise Violation(f"{value} was received twice, or never sent")
+            raise ViolationError(f"{value} was received twice, or never sent")
         if not self.bugs.release_first and s.described[a.slot] != a.word[2]:
-            raise Violation(f"the descriptor of slot {a.slot} has ticket {s.described[a.slot]}, the word {a.word[2]}")
+            raise ViolationError(
+                f"the descriptor of slot {a.slot} has ticket {s.described[a.slot]}, the word {a.word[2]}"
+            )
         seen = dict(a.seen)
         if seen.get(value[0], 0) > value[1]:
-            raise Violation(f"out of order: {value} after {(value[0], seen[value[0]])}")
+            raise ViolationError(f"out of order: {value} after {(value[0], seen[value[0]])}")
         seen[value[0]] = value[1]
         shared = s._replace(delivered=s.delivered | {value})
         following = a._replace(pc="release", seen=tuple(sorted(seen.items())))
@@ -304,9 +306,9 @@ class Focus:
             yield "copy second half", s, a._replace(pc="again", value=value)
         elif a.pc == "again":
             state, _, ticket = s.words[a.slot]
-            if (ticket == a.word[2] and state != LOANED) or self.bugs.careless_tap:
-                if a.value == NOTHING:
-                    raise Violation("the tap accepted a torn copy")
+            accepted = (ticket == a.word[2] and state != LOANED) or self.bugs.careless_tap
+            if accepted and a.value == NOTHING:
+                raise ViolationError("the tap accepted a torn copy")
             yield "look again", s, Actor("tap", "word")
 
     # --- what must hold in every state
@@ -325,9 +327,7 @@ class Focus:
         if not any(a.pc not in ("entry",) for a in state.actors if a.role == "sweeper"):
             for entry, identity in enumerate(identities):
                 if identity in s.dead:
-                    words = tuple(
-                        (FREE, 0, w[2]) if w[1] == entry and w[0] in (LOANED, HELD) else w for w in words
-                    )
+                    words = tuple((FREE, 0, w[2]) if w[1] == entry and w[0] in (LOANED, HELD) else w for w in words)
                     identities = _put(identities, entry, 0)
             for state_name, owner, _ in words:
                 if state_name in (LOANED, HELD) and not self._lives(state, owner):
@@ -335,7 +335,7 @@ class Focus:
         return None
 
     def _lives(self, state: State, index: int) -> bool:
-        return any(a.index == index and a.pc != "dead" for a in state.actors)
+        return any(a.place == index and a.pc != "dead" for a in state.actors)
 
 
 def _put(items: tuple, index: int, value: object) -> tuple:  # type: ignore[type-arg]
@@ -344,4 +344,4 @@ def _put(items: tuple, index: int, value: object) -> tuple:  # type: ignore[type
 
 def _settled(a: Actor) -> Actor:
     """Between two operations: what is no longer looked at is reset, so that equal states are equal."""
-    return Actor(a.role, "idle", a.identity, a.index, a.left, a.sent, seen=a.seen)
+    return Actor(a.role, "idle", a.identity, a.place, a.left, a.sent, seen=a.seen)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tests.mailbox_model.explore import Violation
+from tests.mailbox_model.explore import ViolationError
 
 
 class Shared(NamedTuple):
@@ -90,7 +90,7 @@ class Ring:
                 yield "claims the ring", s._replace(owner=a.identity), a._replace(pc="begin")
             return
         if s.owner != a.identity:
-            raise Violation("a living writer lost its ring")
+            raise ViolationError("a living writer lost its ring")
         cell = a.n % self.cells
         value = a.identity * 100 + a.n + 1
         if a.pc == "begin":
@@ -150,9 +150,9 @@ class Ring:
                 yield "thrown away", s, clean
                 return
             if a.value != a.other:
-                raise Violation(f"torn: {a.value} and {a.other}")
+                raise ViolationError(f"torn: {a.value} and {a.other}")
             if a.value != s.published[a.n]:
-                raise Violation(f"record {a.n} was published as {s.published[a.n]} and read as {a.value}")
+                raise ViolationError(f"record {a.n} was published as {s.published[a.n]} and read as {a.value}")
             yield "delivered", s, clean._replace(n=a.n + 1)
 
     def _sweeper(self, s: Shared, a: Actor) -> Iterator[tuple[str, Shared, Actor]]:

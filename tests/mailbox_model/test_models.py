@@ -13,7 +13,7 @@ from tests.mailbox_model.focus import Focus
 from tests.mailbox_model.ring import Ring
 from tests.mailbox_model.waiting import Waiting
 
-RESTART = Focus(producers=1, consumers=1, sweepers=2, items=2, slots=2, entries=2, kills=1, restarts=1)
+RESTART = Focus(producers=1, consumers=1, sweepers=1, items=2, slots=2, entries=2, kills=1, restarts=1)
 TWO_PRODUCERS = Focus(producers=2, consumers=1, sweepers=0, items=2, slots=2, entries=3, kills=0, drop_oldest=True)
 TWO_CONSUMERS = Focus(producers=1, consumers=2, sweepers=1, items=2, slots=2, entries=3, kills=1)
 TWO_SWEEPERS = Focus(producers=1, consumers=0, sweepers=2, items=2, slots=1, entries=1, kills=2, restarts=2)
@@ -34,7 +34,7 @@ SOUND = {
 }
 
 # Bug → the smallest model that must find it. A bug missing here fails `test_every_bug_is_seeded`.
-SEEDED = {
+SEEDED: dict[Any, dict[str, Any]] = {
     focus.Bugs: {
         "sweep_without_recheck": TWO_SWEEPERS, "sweep_keeps_ticket": TWO_SWEEPERS, "cancel_keeps_ticket": TAP,
         "identity_first": TWO_SWEEPERS, "publish_first": RESTART, "blind_take": TWO_CONSUMERS, "careless_tap": TAP,
@@ -59,7 +59,7 @@ def test_no_interleaving_breaks_the_protocol(name: str) -> None:
 @pytest.mark.parametrize(("bugs", "name"), [(bugs, name) for bugs, names in SEEDED.items() for name in names])
 def test_a_seeded_bug_is_found(bugs: Any, name: str) -> None:
     model = SEEDED[bugs][name]
-    result = run(dataclasses.replace(model, bugs=bugs(**{name: True})))  # type: ignore[type-var]
+    result = run(dataclasses.replace(model, bugs=bugs(**{name: True})))
     assert result.violation is not None, f"{name}: not found in {result.states} states"
     assert result.trace
 

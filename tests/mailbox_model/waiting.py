@@ -1,7 +1,7 @@
 """Event words as a model: signal and wait (LAYOUT.md section 7), one shared access a step, with kills.
 
-Each signaller makes one change (an item more) and signals; each waiter wants to see `wants` changes. Without a kill a sleeper may never
-be left with something to see and nobody about to wake it. After a kill only the timer of its sleep may help, and must.
+Each signaller makes one change and signals; each waiter wants to see all changes. Without a kill a sleeper may never be left
+with something to see and nobody about to wake it. After a kill only the timer of its sleep may help, and must.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 class State(NamedTuple):
     changes: int
     bit: bool
-    count: int
+    turns: int
     signallers: tuple[tuple[str, int, bool], ...]  # pc, the word it loaded (count), and its bit
     waiters: tuple[tuple[str, int, int], ...]  # pc, changes seen, the count it will sleep on
     kills: int
@@ -43,7 +43,9 @@ class Waiting:
 
     def start(self) -> State:
         first = "load" if self.bugs.signal_before_change else "change"
-        return State(0, False, 0, ((first, 0, False),) * self.signallers, (("look", 0, 0),) * self.waiters, self.kills, False)
+        return State(
+            0, False, 0, ((first, 0, False),) * self.signallers, (("look", 0, 0),) * self.waiters, self.kills, False
+        )
 
     def successors(self, state: State) -> Iterator[tuple[str, State]]:
         for number in range(self.signallers):
@@ -67,14 +69,17 @@ class Waiting:
             return state._replace(signallers=_put(state.signallers, number, (pc, count, bit)))
 
         if pc == "change":
-            yield "change", moved(s._replace(changes=s.changes + 1), "done" if self.bugs.signal_before_change else "load")
+            yield (
+                "change",
+                moved(s._replace(changes=s.changes + 1), "done" if self.bugs.signal_before_change else "load"),
+            )
         elif pc == "load":
-            yield "load word", moved(s, "clear", s.count, s.bit) if s.bit else moved(s, after)
+            yield "load word", moved(s, "clear", s.turns, s.bit) if s.bit else moved(s, after)
         elif pc == "clear":
-            if (s.count, s.bit) != (count, bit):
+            if (s.turns, s.bit) != (count, bit):
                 yield "word changed", moved(s, "load")
             else:
-                yield "clear bit", moved(s._replace(bit=False, count=s.count + (not self.bugs.no_count)), "wake")
+                yield "clear bit", moved(s._replace(bit=False, turns=s.turns + (not self.bugs.no_count)), "wake")
         elif pc == "wake":
             sleeping = [k for k, waiter in enumerate(s.waiters) if waiter[0] == "asleep"]
             for chosen in [sleeping[:1]] if self.bugs.wake_one else [sleeping]:
@@ -96,11 +101,14 @@ class Waiting:
             else:
                 yield "sees nothing", moved(s, "arm")
         elif pc == "arm":
-            yield "set bit", moved(s._replace(bit=True), "sleep" if self.bugs.look_before_bit else "look again", seen, s.count)
+            yield (
+                "set bit",
+                moved(s._replace(bit=True), "sleep" if self.bugs.look_before_bit else "look again", seen, s.turns),
+            )
         elif pc == "look again":
             yield "look again", moved(s, "look") if s.changes > seen else moved(s, "sleep", seen, count)
         elif pc == "sleep":
-            same = (s.count == count and s.bit) or self.bugs.no_compare
+            same = (s.turns == count and s.bit) or self.bugs.no_compare
             yield "sleep", moved(s, "asleep", seen, count) if same else moved(s, "look")
         elif pc == "asleep" and s.killed:
             yield "timer", moved(s, "look")

@@ -1,10 +1,10 @@
-"""Processes that are killed with SIGKILL at random moments, over and over, while they hand each other checked tensors and records.
+"""Processes that are killed with SIGKILL at random moments, while they hand each other checked tensors and records.
 
     python -m tests.stress.mailbox_kills --kills 10000
 
-Producers send on a focus port that blocks, on one that drops the oldest, and on a broadcast port; consumers receive from all three, one
-of them in an event loop. Every payload carries its producer's run, a number and a CRC. At the end: no torn payload, no item twice, no
-item of a run out of order, no slot lost, and never a standstill. Exit code 0 when all of that held, else 1.
+Producers send on a focus port that blocks, on one that drops the oldest, and on a broadcast port; consumers receive from all
+three, one of them in an event loop. Every payload carries its producer's run, a number and a CRC. At the end: no torn payload,
+no item twice, no item of a run out of order, no slot lost, and never a standstill. Exit code 0 when all of that held, else 1.
 """
 
 from __future__ import annotations

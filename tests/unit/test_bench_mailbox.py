@@ -14,7 +14,7 @@ from sage_edge.bench import mailbox as suite
 from sage_edge.bench import mailbox_broadcast, mailbox_trips
 from sage_edge.bench.mailbox import goals, run_mailbox
 from sage_edge.bench.mailbox_links import CONTESTANTS, OURS, Contestant, LinkError, reader, touched, writer
-from sage_edge.bench.mailbox_pages import Pages
+from sage_edge.bench.mailbox_pages import Pages, count
 from sage_edge.bench.mailbox_trips import Block, echo, exchange, round_trips, touches
 from sage_edge.cli.main import main
 
@@ -141,17 +141,35 @@ def test_pages_are_counted_as_they_are_touched() -> None:
     view[:] = 1
     idle, busy = [], []
     for _ in range(3):
-        count = Pages()
+        pages = Pages()
         view[: mmap.PAGESIZE : mmap.PAGESIZE].sum()
-        idle.append(count.touched())
-        count = Pages()
+        idle.append(pages.touched())
+        pages = Pages()
         view[:: mmap.PAGESIZE].sum()
-        busy.append(count.touched())
+        busy.append(pages.touched())
     if None in idle + busy:
-        pytest.skip("this kernel does not tell which pages were touched (/proc/self/clear_refs, smaps_rollup)")
+        pytest.skip("this kernel does not tell which pages were touched (/proc/self/clear_refs, smaps)")
     assert 990 <= np.median(busy) - np.median(idle) <= 1100  # type: ignore[arg-type]
     del view
     area.close()
+
+
+def test_libraries_are_not_counted_and_memory_is() -> None:
+    smaps = """\
+55d0-55d4 r-xp 00000000 fe:00 123 /usr/bin/python3.11
+Referenced:           64 kB
+55d4-55d8 rw-p 00004000 fe:00 123 /usr/bin/python3.11
+Referenced:            8 kB
+55d8-55dc rw-p 00000000 00:00 0 [heap]
+Referenced:          100 kB
+7f00-7f04 r--s 00000000 00:1a 9 /dev/shm/sage-edge-0/robot/frames
+Referenced:           20 kB
+7f04-7f08 r--p 00000000 00:00 0
+Referenced:            4 kB
+7f08-7f0c r--p 00000000 fe:00 77 /usr/lib/locale/C.utf8/LC_CTYPE
+Referenced:          512 kB
+"""
+    assert count(smaps) == (8 + 100 + 20 + 4) * 1024
 
 
 def row(name: str, size: int, touch: str, wait: str, ms: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from sage_edge.cli.main import main
 from tests.conftest import TINY
 
-COMMANDS = ("doctor", "export", "build", "check", "calibrate", "run", "eval", "bench")
+COMMANDS = ("doctor", "export", "build", "check", "calibrate", "run", "eval", "bench", "mailbox")
 
 
 def inputs(count: int = 5) -> np.ndarray:

@@ -91,6 +91,28 @@ def test_ls_tells_the_dead_from_the_living(other: subprocess.Popen[str], capsys:
     assert port["held"] == 1, "looking takes nothing back"
 
 
+def test_what_a_killed_process_held_is_counted_when_it_comes_back(
+    other: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other.kill()
+    other.wait()
+    with Mailbox("robot").focus("frames", FRAMES):
+        (port,) = report(capsys, "ls")["ports"]
+    assert port["counts"]["reclaimed"] == 2
+    assert (port["loaned"], port["held"]) == (0, 0)
+
+
+def test_removing_a_port_leaves_the_files_of_its_namesakes(tmp_path: Path) -> None:
+    folder = tmp_path / "shm" / "robot"
+    with Mailbox("robot").focus("frames", FRAMES), Mailbox("robot").focus("frames.2", FRAMES):
+        kept, gone = folder / ".wait.frames.2.5.abc", folder / ".wait.frames.5.abc"
+        also_kept, also_gone = folder / ".exchange.frames.2@5", folder / ".exchange.frames@5"
+        for path in (kept, gone, also_kept, also_gone):
+            path.touch()
+        Mailbox("robot").remove("frames")
+        assert [path.exists() for path in (kept, also_kept, gone, also_gone)] == [True, True, False, False]
+
+
 def test_ls_without_ports_and_with_an_unknown_namespace(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mailbox", "ls"]) == 0
     assert "no ports" in capsys.readouterr().out

@@ -34,7 +34,7 @@ class FewSamples(Countdown):
 
 
 class TwiceNamed(Countdown):
-    extra_signals = ("left", "left")
+    extra_signals: tuple[str, ...] = ("left", "left")
 
     def read_signals(self, state: Count) -> Sequence[float]:
         return [0.0, 0.0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ class Everything:
 
 
 class Holder(Plugin[Everything]):
-    state_type = Everything
+    state_type: ClassVar[type | None] = Everything
 
     def init_state(self, observation: Observation) -> Everything:
         return Everything(np.arange(3.0), 7, 0.1, True, "Grüße")

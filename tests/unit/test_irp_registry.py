@@ -89,7 +89,9 @@ def test_a_package_by_entry_point_is_found_without_running_it(
 
 def test_a_class_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site"
-    distribution(site, "solve = sage_edge.bench.solvers:Solve\nbroken = sage_edge.bench.solvers:Nothing\nodd = json:dumps")
+    distribution(
+        site, "solve = sage_edge.bench.solvers:Solve\nbroken = sage_edge.bench.solvers:Nothing\nodd = json:dumps"
+    )
     monkeypatch.syspath_prepend(str(site))
     found = {one.name: one for one in find_plugins()}
     assert found["solve"].origin == "entry point"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import gc
 import inspect
 import os
 import signal
@@ -328,6 +329,26 @@ def test_registered_memory_is_unregistered_when_the_port_closes() -> None:
     assert device.registered == before
 
 
+@pytest.mark.parametrize("memory", KINDS)
+def test_memory_stays_as_long_as_an_item_is_looked_at(memory: str) -> None:
+    device = devices.driver_of(devices.make_driver)
+    assert isinstance(device, NullDriver)
+    before = len(device.registered) + len(device._maps)
+    port = opened(memory)
+    with port.loan() as t:
+        t.array[:] = 3
+        t.send()
+    item = port.receive(0)
+    assert item is not None
+    port.close()
+    assert len(device.registered) + len(device._maps) == before + 1
+    assert item.array[999] == 3, "the port is closed, the item is not"
+    item.release()
+    del item, port, t
+    gc.collect()
+    assert len(device.registered) + len(device._maps) == before
+
+
 ORIN = DeviceFacts("Orin", True, True, True, True, True, True)
 
 
@@ -384,7 +405,7 @@ def test_every_cuda_name_exists_in_the_official_bindings() -> None:
         and node.args and isinstance(node.args[0], ast.Constant)
     }  # fmt: skip
     attributes = {
-        f"CU_DEVICE_ATTRIBUTE_{node.args[0].value}"
+        f"CU_DEVICE_ATTRIBUTE_{node.args[0].value!s}"
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "_attribute"
         and isinstance(node.args[0], ast.Constant)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from sage_edge.mailbox import (
     ViewsAliveWarning,
 )
 from sage_edge.mailbox.layout import DTYPE_NAMES, unpack_descriptor
+from sage_edge.specs import Array
 
 
 @pytest.fixture
@@ -39,8 +41,8 @@ def port(mailbox: Mailbox) -> Iterator[FocusPort]:
         yield port
 
 
-def send(port: FocusPort, value: float = 1.0, **how: Any) -> int:
-    with port.loan(trust=how.pop("trust", 1.0)) as loan:
+def send(port: FocusPort, value: float = 1.0, trust: float = 1.0, **how: Any) -> int:
+    with port.loan(trust=trust) as loan:
         loan.array[...] = value
         return loan.send(**how)
 
@@ -73,7 +75,12 @@ def test_a_tensor_goes_over_with_all_that_belongs_to_it(port: FocusPort) -> None
         assert item.dtype == np.float32
         assert abs(item.sent_ns - time.monotonic_ns()) < 60e9
         fields = unpack_descriptor(item.descriptor)
-        assert (fields["shape"], fields["strides"], fields["tag"], fields["generation"]) == ((2, 3), None, 7, generation)
+        assert (fields["shape"], fields["strides"], fields["tag"], fields["generation"]) == (
+            (2, 3),
+            None,
+            7,
+            generation,
+        )
     assert states(port) == (3, 0, 0, 0)
     assert port.receive(0) is None
 
@@ -88,7 +95,7 @@ def test_the_receiver_sees_the_senders_bytes(mailbox: Mailbox) -> None:
         loan.send()
         item = receive(consumer)
         assert item.array.ctypes.data != address
-        (np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint8 * 1).from_address(address)))[0] = 200
+        ctypes.c_uint8.from_address(address).value = 200
         assert item.array[0] == 200
         item.release()
 
@@ -106,9 +113,8 @@ def test_items_come_in_order(port: FocusPort) -> None:
 def test_leaving_the_block_without_send_cancels(port: FocusPort) -> None:
     with port.loan():
         pass
-    with pytest.raises(RuntimeError, match="boom"), port.loan() as loan:
-        loan.array[...] = 1
-        raise RuntimeError("boom")
+    with pytest.raises(ValueError, match="could not broadcast"), port.loan() as loan:
+        loan.array[...] = [1, 2]
     assert states(port) == (3, 0, 0, 0)
     assert port.receive(0) is None
     assert port.stats().counts["cancelled"] == 2
@@ -265,10 +271,13 @@ def test_every_kind_of_shape(mailbox: Mailbox, shape: tuple[int, ...]) -> None:
 def test_views_are_sent_with_their_strides(mailbox: Mailbox) -> None:
     with mailbox.focus("p", PortSpec("focus", 2, dtype="int32", max_bytes=4096)) as port:
         values = np.arange(2 * 3 * 4, dtype=np.int32).reshape(2, 3, 4)
-        for cut in (lambda a: a.transpose(2, 0, 1), lambda a: a[:, :, ::2], lambda a: a[:1], lambda a: a[0, 0, 0]):
+        cuts: tuple[Callable[[Array], Array], ...] = (
+            lambda a: a.transpose(2, 0, 1), lambda a: a[:, :, ::2], lambda a: a[:1], lambda a: a[0, 0, :1].reshape(())
+        )  # fmt: skip
+        for cut in cuts:
             with port.loan((2, 3, 4)) as loan:
                 loan.array[...] = values
-                loan.send(np.asarray(cut(loan.array)) if cut(values).ndim else loan.array[0, 0, :1].reshape(()))
+                loan.send(cut(loan.array))
             with receive(port) as item:
                 assert item.array.shape == cut(values).shape
                 assert (item.array == cut(values)).all()
@@ -467,11 +476,11 @@ def test_a_tap_takes_nothing_away(mailbox: Mailbox) -> None:
 
 def test_dlpack(port: FocusPort) -> None:
     with port.loan() as loan:
-        np.from_dlpack(loan)[...] = 3  # type: ignore[arg-type]
+        np.from_dlpack(loan)[...] = 3
         assert loan.__dlpack_device__() == (1, 0)
         loan.send()
     item = receive(port)
-    array = np.from_dlpack(item)  # type: ignore[arg-type]
+    array = np.from_dlpack(item)
     assert array.tolist() == [[3] * 3] * 2
     assert array.ctypes.data == item.array.ctypes.data
     assert not array.flags.writeable
@@ -487,7 +496,7 @@ def test_dlpack_refusals_and_unused_capsules(port: FocusPort) -> None:
     item = receive(port)
     for arguments in ({"copy": True}, {"stream": 1}, {"dl_device": (2, 0)}):
         with pytest.raises(BufferError):
-            item.__dlpack__(**arguments)  # type: ignore[arg-type]
+            item.__dlpack__(**arguments)
     for version in (None, (0, 8), (1, 0), (1, 1)):
         capsule = item.__dlpack__(max_version=version, dl_device=(1, 0), copy=False)
         assert ("versioned" in repr(capsule)) == (version is not None and version[0] >= 1)

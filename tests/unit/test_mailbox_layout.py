@@ -26,7 +26,7 @@ def test_every_offset_is_the_same_in_cpp_and_python() -> None:
     python = {}
     for name, dtype in STRUCTURES.items():
         python[name] = (0, dtype.itemsize)
-        fields = dtype.fields or {}
+        fields: Any = dtype.fields
         python.update({f"{name}.{field}": (int(at), int(kind.itemsize)) for field, (kind, at, *_) in fields.items()})
     python.update(
         kControlOffset=(layout.CONTROL_OFFSET, 0), kParticipantsOffset=(layout.PARTICIPANTS_OFFSET, 0),
@@ -38,20 +38,25 @@ def test_every_offset_is_the_same_in_cpp_and_python() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heading", "structure"), [("## 2. Header", "Header"), ("## 4. Participants", "Participant"), ("Descriptor, 64", "Descriptor")]
+    ("heading", "structure"),
+    [("## 2. Header", "Header"), ("## 4. Participants", "Participant"), ("Descriptor, 64", "Descriptor")],
 )
 def test_the_page_shows_the_same_offsets(heading: str, structure: str) -> None:
     text = PAGE.read_text().split(heading, 1)[1]
-    rows = re.findall(r"^\| (\d+) \| [^|]*\| (\w+) \|", text.split("\n\n", 2)[1 if structure != "Participant" else 2], re.M)
-    fields = STRUCTURES[structure].fields or {}
+    rows = re.findall(
+        r"^\| (\d+) \| [^|]*\| (\w+) \|", text.split("\n\n", 2)[1 if structure != "Participant" else 2], re.M
+    )
+    fields: Any = STRUCTURES[structure].fields
     shown = {name: int(at) for at, name in rows if name in fields}
     assert len(shown) >= len(fields) - 1  # reserved bytes have no name there
     assert shown == {name: int(fields[name][1]) for name in shown}
 
 
 def test_control_words_on_the_page() -> None:
-    rows = re.findall(r"^\| (\d+) \| u\d+ atomic \| (\w+) \|", PAGE.read_text().split("## 3.")[1].split("## 4.")[0], re.M)
-    fields = layout.CONTROL.fields or {}
+    rows = re.findall(
+        r"^\| (\d+) \| u\d+ atomic \| (\w+) \|", PAGE.read_text().split("## 3.")[1].split("## 4.")[0], re.M
+    )
+    fields: Any = layout.CONTROL.fields
     assert {name: int(at) for at, name in rows} == {n: layout.CONTROL_OFFSET + int(f[1]) for n, f in fields.items()}
 
 

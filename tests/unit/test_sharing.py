@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -51,7 +52,9 @@ def joined(state: SharingState, *tasks: Task) -> SharingState:
     return state
 
 
-def ran(state: SharingState, now: float, halts: Mapping[int, int] = {}) -> tuple[SharingState, Decision, float]:  # noqa: B006
+def ran(
+    state: SharingState, now: float, halts: Mapping[int, int] = MappingProxyType({})
+) -> tuple[SharingState, Decision, float]:
     """One tick in which each step lowers the energy by a tenth; halts: by id, after how many steps."""
     decision = schedule(state, now)
     if decision.until is not None:
@@ -77,7 +80,9 @@ arrivals = st.lists(
 )  # fmt: skip
 
 
-@given(arrivals, st.sampled_from(sorted(RULES)), st.sampled_from(sorted(PROFILES)), st.sets(st.integers(0, 29), max_size=3))
+@given(
+    arrivals, st.sampled_from(sorted(RULES)), st.sampled_from(sorted(PROFILES)), st.sets(st.integers(0, 29), max_size=3)
+)
 @settings(max_examples=60)
 def test_every_request_ends_exactly_once(
     load: list[tuple[int, int, int, int, int | None]], rule: str, profile: str, cancelled: set[int]
@@ -169,9 +174,7 @@ def best_by_trying(jobs: Sequence[tuple[int, float]]) -> float:
 @settings(max_examples=80)
 def test_unit_jobs_with_deadlines_are_done_as_well_as_can_be(jobs: list[tuple[int, int]]) -> None:
     """The rule, asked again after every step, reaches the optimum that trying all orders finds."""
-    left = {
-        n: Candidate(n, "p", 0.0, 0.0, float(due), ((float(worth), 1),)) for n, (due, worth) in enumerate(jobs)
-    }
+    left = {n: Candidate(n, "p", 0.0, 0.0, float(due), ((float(worth), 1),)) for n, (due, worth) in enumerate(jobs)}
     now, gained = 0.0, 0.0
     while left:
         choice = Choice(tuple(left.values()), {"p": (1,)}, {"p": Costs({1: 1000.0}, {1: 1000.0})}, {"p": 0.0}, now)
@@ -241,7 +244,9 @@ def test_promised_budget_is_kept_and_freed_budget_goes_to_those_with_work() -> N
 
 
 def test_a_budget_below_the_whole_device_is_kept_to() -> None:
-    state = joined(fresh(account("a", steps=64, fall=0.1), budget=Budget(100.0, 30.0)), *(Task(n, "a", 0.0) for n in range(9)))
+    state = joined(
+        fresh(account("a", steps=64, fall=0.1), budget=Budget(100.0, 30.0)), *(Task(n, "a", 0.0) for n in range(9))
+    )
     now, steps = 0.0, 0
     while now < 0.999:
         state, decision, now = ran(state, now)

@@ -103,6 +103,7 @@ def test_a_wheel_brings_the_model_and_benches_in_an_empty_folder(tmp_path: Path)
     (wheel,) = tmp_path.glob("sage_edge-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.startswith("tests")]
+        assert "sage_edge/recipes/orin-nano-fp16.yaml" in archive.namelist()
         archive.extractall(tmp_path / "site")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -117,3 +118,9 @@ def test_a_wheel_brings_the_model_and_benches_in_an_empty_folder(tmp_path: Path)
     assert report["accuracy"]["data"].startswith(str(tmp_path / "site"))
     assert report["commit"] is None
     assert [p.name for p in empty.rglob("*.json")] == ["sudoku9-" + report["machine"]["architecture"] + "-release.json"]
+    command = [sys.executable, "-S", "-m", "sage_edge.cli", "plugin", "ls", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=empty, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = {plugin["name"]: plugin for plugin in json.loads(done.stdout)}
+    assert found["reason"]["where"].startswith(str(tmp_path / "site"))
+    assert not found["reason"]["error"]

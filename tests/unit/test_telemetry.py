@@ -25,7 +25,9 @@ finite = st.floats(-1e6, 1e6)
 
 
 def moments() -> st.SearchStrategy[Moment]:
-    spent = st.builds(Spent, st.floats(0, 1e6), st.floats(0, 1e6), st.none() | st.floats(0, 1e6), st.none() | st.floats(0, 1e5))
+    spent = st.builds(
+        Spent, st.floats(0, 1e6), st.floats(0, 1e6), st.none() | st.floats(0, 1e6), st.none() | st.floats(0, 1e5)
+    )
     return st.builds(
         Moment, st.sampled_from(["step", "request"]), st.floats(0, 2e9), st.just("robot"), st.integers(0, 99),
         st.lists(finite, min_size=1, max_size=9).map(tuple), st.just(EnergyRange(-1e6, 1e6)), st.floats(0.1, 10), spent,
@@ -64,7 +66,8 @@ def test_what_the_issue_asks_for_is_there() -> None:
     assert made["LRC_context"] == {"policy_id": "learning", "L": 0.5, "R": 0.5, "C": 0.7}
 
 
-junk = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | st.text(max_size=3) | st.just({}) | st.just([])
+numbers = st.integers(-3, 3) | st.floats(allow_nan=False)
+junk: st.SearchStrategy[Any] = st.none() | st.booleans() | numbers | st.text(max_size=3) | st.just({}) | st.just([])
 
 
 @given(moments(), st.data())

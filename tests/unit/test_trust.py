@@ -36,8 +36,12 @@ def test_better_convergence_contribution_and_efficiency_never_cost_trust(
     low, high = sorted((low, high))
     same = (contribution, coherence, efficiency)
     assert updated_trust(trust, low, *same) <= updated_trust(trust, high, *same)
-    assert updated_trust(trust, 0.5, low, coherence, efficiency) <= updated_trust(trust, 0.5, high, coherence, efficiency)
-    assert updated_trust(trust, 0.5, contribution, coherence, low) <= updated_trust(trust, 0.5, contribution, coherence, high)
+    assert updated_trust(trust, 0.5, low, coherence, efficiency) <= updated_trust(
+        trust, 0.5, high, coherence, efficiency
+    )
+    assert updated_trust(trust, 0.5, contribution, coherence, low) <= updated_trust(
+        trust, 0.5, contribution, coherence, high
+    )
 
 
 def test_earned_trust_settles_within_one_and_a_grant_wears_off() -> None:

@@ -151,6 +151,7 @@ class Port {
   std::uint64_t forks_ = 0;
   std::uint64_t swept_ns_ = 0;
   std::uint32_t role_ = 0;
+  std::uint32_t reclaimed_before_ = 0;
 };
 
 class FocusPort : public Port {
