@@ -183,14 +183,6 @@ def test_a_reused_pid_fools_nobody(mailbox: Mailbox) -> None:
         assert [owner.pid for owner in stats.owners] == [os.getpid()]
 
 
-def _try(port: FocusPort) -> bool:
-    try:
-        port.loan().cancel()
-    except FullError:
-        return False
-    return port.stats().loaned == 0
-
-
 def test_all_64_handles_of_the_dead_come_back(mailbox: Mailbox) -> None:
     def many(p: Peer) -> None:
         box = Mailbox("crash", TABLE)
