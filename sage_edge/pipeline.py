@@ -42,9 +42,10 @@ from sage_edge.irp.telemetry import JsonLines, Sink
 from sage_edge.mailbox import BroadcastPort, ClosedError, FocusPort, FullError, Mailbox, load_ports
 from sage_edge.sharing.budget import Budget
 from sage_edge.sharing.clock import Clock, RecordingClock, SystemClock
-from sage_edge.sharing.loop import Loop, Refinement, Ticket
+from sage_edge.sharing.loop import Loop
 from sage_edge.sharing.power import find_sensor
 from sage_edge.sharing.recording import FileRecorder
+from sage_edge.sharing.requests import Refinement, Ticket
 from sage_edge.sharing.scheduler import Settings
 
 IDLE_S = 0.02  # how long an idle pipeline waits for one port before it looks at the next

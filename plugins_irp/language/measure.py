@@ -162,17 +162,22 @@ def auroc(inside: Floats, outside: Floats) -> float:
     return float((inside[:, None] > outside).mean() + 0.5 * (inside[:, None] == outside).mean())
 
 
-def scope(plugin: Language, texts: Texts) -> dict[str, Any]:
-    """Out-of-scope commands by the probability of the likeliest intent: thresholds from the calibration half, results on
-    the other. `balanced` weighs in-scope and out-of-scope errors alike; the others accept a share of false alarms."""
+def scope(plugin: Language, texts: Texts, policy: str) -> dict[str, Any]:
+    """Out-of-scope commands by the probability of the likeliest intent when `policy` halts: thresholds from the calibration
+    half, results on the other. `balanced` weighs in-scope and out-of-scope errors alike; the others accept a share of
+    false alarms."""
 
-    def scores(items: Sequence[str]) -> Floats:
-        return np.asarray(run_texts(plugin, items).shares[:, -1].max(-1), np.float64)
+    def answers(items: Sequence[str]) -> tuple[Floats, npt.NDArray[np.int64]]:
+        run = run_texts(plugin, items)
+        nothing = np.zeros(run.shares.shape[:2], bool)
+        last = run.shares[np.arange(len(items)), steps_taken(traces_of(plugin, run, nothing), policy) - 1]
+        return np.asarray(last.max(-1), np.float64), np.asarray(last.argmax(-1), np.int64)
 
-    inside, outside = scores([t for t, _ in texts.calibration]), scores(texts.oos_calibration)
-    report, strange = [t for t, _ in texts.report], scores(texts.oos_report)
-    run = run_texts(plugin, report)
-    known, right = run.shares[:, -1].max(-1), run.right(plugin, [i for _, i in texts.report])[:, -1]
+    inside, _ = answers([t for t, _ in texts.calibration])
+    outside, _ = answers(texts.oos_calibration)
+    strange, _ = answers(texts.oos_report)
+    known, found = answers([t for t, _ in texts.report])
+    right = found == [plugin.file.intents.index(intent) for _, intent in texts.report]
     grid = np.unique(np.concatenate((inside, outside)))
     balance = [(inside >= t).mean() + (outside < t).mean() for t in grid]
     thresholds = {"balanced": float(grid[int(np.argmax(balance))])}
@@ -188,27 +193,35 @@ def scope(plugin: Language, texts: Texts) -> dict[str, Any]:
     return {"auroc_calibration": auroc(inside, outside), "auroc_report": auroc(known, strange), "rows": rows}
 
 
+def understood(plugin: Language, texts: Sequence[str]) -> list[str]:
+    """Normalised texts as the plugin gives them back after all steps."""
+    run = run_texts(plugin, texts)
+    return [plugin.understood(t, f, p) for t, f, p in zip(texts, run.filled, run.filled_probability, strict=True)]
+
+
 def filling(plugin: Language, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Share of masked words that are filled with the very word (20 % masked), and what repair does to mistyped ones."""
+    """Share of masked words that are filled with the very word (20 % masked); what repair does to mistyped words, and how
+    many words it replaces in a text without fault."""
     rng = np.random.default_rng(SEED)
     whole = [plugin.tokens.normalise(text) for text, _ in pairs]
     hidden = [mask_words(text, 0.2, MASK, rng) for text in whole]
-    run = run_texts(plugin, hidden)
-    guess = [plugin.understood(t, f, p) for t, f, p in zip(hidden, run.filled, run.filled_probability, strict=True)]
+    guess = understood(plugin, hidden)
     right = [a == c for h, g, w in zip(hidden, guess, whole, strict=True)
              for a, b, c in zip(g.split(), h.split(), w.split(), strict=True) if b == MASK]  # fmt: skip
     wrong = [mistype_words(text, 0.2, rng) for text in whole]
-    run = run_texts(plugin, wrong)
-    mended = [plugin.understood(t, f, p) for t, f, p in zip(wrong, run.filled, run.filled_probability, strict=True)]
+    mended = understood(plugin, wrong)
     triples = [t for m, b, w in zip(mended, wrong, whole, strict=True) for t in
                zip(m.split(), b.split(), w.split(), strict=True)]  # fmt: skip
     changed = [(m, b, w) for m, b, w in triples if m != b]
     broken = [(m, b, w) for m, b, w in triples if b != w]
+    kept = zip(understood(plugin, whole), whole, strict=True)
+    spoilt = [a != b for mended_text, text in kept for a, b in zip(mended_text.split(), text.split(), strict=True)]
     return {
         "masked_words": len(right), "filled_right": 100 * float(np.mean(right)),
         "mistyped_words": len(broken), "repaired": 100 * float(np.mean([m == w for m, _, w in broken])),
         "replaced_words": len(changed),
         "replaced_right": 100 * float(np.mean([m == w for m, _, w in changed])) if changed else None,
+        "faultless_words": len(spoilt), "spoilt": 100 * float(np.mean(spoilt)),
     }  # fmt: skip
 
 
@@ -223,7 +236,7 @@ def measure(plugin: Language, texts: Texts) -> dict[str, Any]:
                      "oos_report": len(texts.oos_report), "oos_calibration": len(texts.oos_calibration)},
         "accuracy": accuracy(plugin, texts.report, linear, calibration.chosen.policy),
         "certified": asdict(calibration.chosen), "families": [asdict(f) for f in calibration.families], "halting": rows,
-        "scope": scope(plugin, texts), "filling": filling(plugin, texts.report),
+        "scope": scope(plugin, texts, calibration.chosen.policy), "filling": filling(plugin, texts.report),
     }  # fmt: skip
 
 

@@ -33,7 +33,8 @@ from sage_edge.irp.traces import steps_taken
 from sage_edge.irp.worth import WorthTable
 from sage_edge.sharing.clock import Clock, SimulatedClock, SystemClock
 from sage_edge.sharing.costs import Costs
-from sage_edge.sharing.loop import Loop, Ticket
+from sage_edge.sharing.loop import Loop
+from sage_edge.sharing.requests import Ticket
 from sage_edge.sharing.scheduler import Settings
 
 LOADS = (0.7, 1.0, 1.5, 2.5)

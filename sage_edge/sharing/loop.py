@@ -15,16 +15,13 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from sage_edge.device import resident_mib
 from sage_edge.errors import EngineError, InputError, RefusedError, SageError
-from sage_edge.irp.halting import History, Policy
 from sage_edge.irp.plugin import Observation, Plugin, Result
 from sage_edge.irp.telemetry import Moment, Sink, Spent
 from sage_edge.irp.worth import WorthTable, blank
@@ -32,106 +29,8 @@ from sage_edge.sharing import scheduler
 from sage_edge.sharing.clock import Clock, SystemClock
 from sage_edge.sharing.costs import Costs
 from sage_edge.sharing.power import EnergySensor
+from sage_edge.sharing.requests import Flight, Recorder, Refinement, Rows, Ticket
 from sage_edge.sharing.scheduler import Account, Decision, Outcome, Settings, SharingState, Task
-
-
-@dataclass(frozen=True, eq=False)
-class Refinement:
-    """What one request got.
-
-    result: see `Plugin.result`. steps, reason: as `pool.Answer`. energies float64 [steps], in the plugin's unit. trace float32
-    [steps, k], signals: their names. step_ms float64 [steps]: when each step ended, from arrival. waited_ms: from arrival to
-    the first step; milliseconds: from arrival to the answer. spent: of the whole request. settled: as `pool.Answer`.
-    """
-
-    result: Result
-    steps: int
-    reason: str
-    energies: npt.NDArray[np.float64]
-    trace: npt.NDArray[np.float32]
-    signals: tuple[str, ...]
-    step_ms: npt.NDArray[np.float64]
-    waited_ms: float
-    milliseconds: float
-    spent: Spent
-    settled: bool = True
-
-
-class Ticket:
-    """A claim to one answer."""
-
-    def __init__(self, loop: Loop, number: int) -> None:
-        self.loop, self.id = loop, number
-        self._outcome: Refinement | SageError | None = None
-
-    @property
-    def done(self) -> bool:
-        return self._outcome is not None
-
-    def result(self) -> Refinement:
-        """The answer; works the loop until it is there. Raises RefusedError or EngineError when there will be none."""
-        while self._outcome is None:
-            self.loop.work()
-        if isinstance(self._outcome, SageError):
-            raise self._outcome
-        return self._outcome
-
-    def cancel(self) -> bool:
-        """Give the request up. False when it is done already."""
-        return self.loop.cancel(self)
-
-
-@dataclass(eq=False)
-class _Flight:
-    """A request in flight: what the scheduler need not know."""
-
-    ticket: Ticket
-    plugin: Plugin[Any]
-    state: Any
-    policy: Policy
-    accepts: Policy | None
-    entity_id: str
-    arrived: float
-    trace: npt.NDArray[np.float32]
-    energies: list[float] = field(default_factory=list)
-    ended: list[float] = field(default_factory=list)
-    began: float = 0.0
-    atp: float = 0.0
-    time_ms: float = 0.0
-    energy_mJ: float = 0.0
-
-    def history(self, now: float) -> History:
-        steps = len(self.energies)
-        elapsed = np.array([(now - self.began) * 1e3])
-        return History(self.trace[None], np.array([steps], np.int64), elapsed, self.plugin.signals)
-
-    def add(self, row: Sequence[float]) -> None:
-        steps = len(self.energies)
-        if steps == len(self.trace):
-            self.trace = np.concatenate((self.trace, np.full_like(self.trace, np.nan)))
-        self.trace[steps] = row
-        self.energies.append(float(row[0]))
-
-
-Rows = Mapping[int, Sequence[Sequence[float]]]
-
-
-class Recorder:
-    """What the loop tells of itself, for `recording`; this one keeps nothing."""
-
-    def starting(self) -> None:
-        """A submission, a tick or a cancellation begins."""
-
-    def submitted(
-        self, task: Task, observation: Observation, halt: str, entity_id: str, deadline_ms: float | None
-    ) -> None:
-        """halt: the text of the whole policy."""
-
-    def ticked(self, decision: Decision, outcome: Outcome, results: Mapping[int, Result], rows: Rows) -> None:
-        """rows: energy and signals after each step that was taken, by request."""
-
-    def cancelled(self, number: int) -> None:
-        pass
 
 
 class Loop:
@@ -154,7 +53,7 @@ class Loop:
             )
         self._known = dict(worth or {}), dict(costs or {})
         self._state: SharingState | None = None
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[int, Flight] = {}
         self._next = 0
         self._lock = threading.RLock()
         self.deciding_s = 0.0  # CPU seconds of schedule and update
@@ -221,7 +120,7 @@ class Loop:
             certified = chosen.certificate is not None and text == chosen.default_halt
             accepts = chosen.certificate.accepts() if certified and chosen.certificate else None
             trace = np.full((16, len(chosen.signals)), np.nan, np.float32)
-            self._flights[task.id] = _Flight(ticket, chosen, held, policy, accepts, entity_id, now, trace)
+            self._flights[task.id] = Flight(ticket, chosen, held, policy, accepts, entity_id, now, trace)
             self._state, self._next = state, self._next + 1
             self.recorder.submitted(task, observation, str(policy), entity_id, deadline_ms)
             return ticket
@@ -292,7 +191,7 @@ class Loop:
             self._settle(number, self._refinement(flight, result, reason, now))
         return results, contributions, spent
 
-    def _refinement(self, flight: _Flight, result: Result, reason: str, now: float) -> Refinement:
+    def _refinement(self, flight: Flight, result: Result, reason: str, now: float) -> Refinement:
         steps = len(flight.energies)
         ended = np.array(flight.ended)
         settled = flight.accepts is None or bool(flight.accepts.halts(flight.history(now))[0])
@@ -343,7 +242,7 @@ class Loop:
         return outcome, gained
 
     def _refine(
-        self, plugin: Plugin[Any], flights: Mapping[int, _Flight]
+        self, plugin: Plugin[Any], flights: Mapping[int, Flight]
     ) -> tuple[dict[int, list[float]], dict[int, Exception]]:
         """One step of all flights; energy and signals of each, or why it failed."""
         rows: dict[int, list[float]] = {}
@@ -360,7 +259,7 @@ class Loop:
         }
         return rows, dict(wrong)
 
-    def _advanced(self, flight: _Flight, row: list[float], began: float, finished: float, atp: float, energy_mJ: float | None,
+    def _advanced(self, flight: Flight, row: list[float], began: float, finished: float, atp: float, energy_mJ: float | None,
                   sharers: int) -> tuple[float, str]:  # fmt: skip
         """Enter one step of one request; its normalised energy, and why it stops or ""."""
         if not flight.energies:
@@ -380,7 +279,7 @@ class Loop:
         self._tell(flight, finished, None, None)
         return plugin.spec.energy_range.normalise(row[0]), reason
 
-    def _tell(self, flight: _Flight, now: float, reason: str | None, contribution: float | None) -> None:
+    def _tell(self, flight: Flight, now: float, reason: str | None, contribution: float | None) -> None:
         """Write one record of telemetry."""
         if self.sink is None:
             return
@@ -403,7 +302,7 @@ class Loop:
         )
         self.sink.write(flight.plugin.emit_telemetry(moment))
 
-    def _spent(self, flight: _Flight) -> Spent:
+    def _spent(self, flight: Flight) -> Spent:
         """Of the request so far."""
         return Spent(flight.atp, flight.time_ms, flight.energy_mJ if self.sensor else None, resident_mib())
 

@@ -32,7 +32,8 @@ from sage_edge.irp.plugin import Observation, Plugin, Result
 from sage_edge.irp.worth import WorthTable, from_arrays, to_arrays
 from sage_edge.sharing.clock import RecordingClock
 from sage_edge.sharing.costs import Costs
-from sage_edge.sharing.loop import Loop, Recorder, Rows
+from sage_edge.sharing.loop import Loop
+from sage_edge.sharing.requests import Recorder, Rows
 from sage_edge.sharing.scheduler import Decision, Outcome, SharingState, Task
 
 FORMAT = "sage-edge-recording/1"

@@ -23,8 +23,9 @@ from sage_edge.irp.registry import open_plugin
 from sage_edge.irp.spec import PluginSpec
 from sage_edge.sharing.budget import Budget
 from sage_edge.sharing.clock import ReplayClock
-from sage_edge.sharing.loop import Loop, Recorder, Rows, Ticket
+from sage_edge.sharing.loop import Loop
 from sage_edge.sharing.recording import Event, costs_of, restored, table_of, tick_facts
+from sage_edge.sharing.requests import Recorder, Rows, Ticket
 from sage_edge.sharing.scheduler import Decision, Outcome, Settings
 
 RELATIVE = 1e-4  # of energies: another CPU may round differently; decisions must be the same whatever it does

@@ -107,12 +107,12 @@ def start(folder: Path, limits: Limits) -> tuple[threading.Thread, dict[str, Any
     report: dict[str, Any] = {}
     stop, ready = threading.Event(), threading.Event()
 
-    def progress(stage: str) -> None:
+    def note(stage: str) -> None:
         if stage == "running":
             ready.set()
 
     def work() -> None:
-        report.update(run_pipeline(folder / "pipeline.yaml", limits, stop, (folder,), progress))
+        report.update(run_pipeline(folder / "pipeline.yaml", limits, stop, (folder,), note))
 
     thread = threading.Thread(target=work, daemon=True)  # a test that fails must not wait for it
     thread.start()

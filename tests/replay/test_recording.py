@@ -102,8 +102,13 @@ def test_the_shipped_plugin_replays(tmp_path: Path) -> None:
 
 
 def tampered(events: Sequence[Event], change: Callable[[Event], None], kind: str = "tick") -> list[Event]:
+    """A copy with one event changed: a tick that took a step, or a request that will certainly have its steps."""
     copied = copy.deepcopy(list(events))
-    change(next(event for event in copied[12:] if event["event"] == kind and (kind != "tick" or event["energies"])))
+    matters: dict[str, Callable[[Event], bool]] = {
+        "tick": lambda event: bool(event["energies"]),
+        "submit": lambda event: event["plugin"] == "own" and event["observation"]["need"] > 3,
+    }
+    change(next(event for event in copied[12:] if event["event"] == kind and matters[kind](event)))
     return copied
 
 
@@ -120,7 +125,7 @@ def other_reason(event: Event) -> None:
 
 
 def other_need(event: Event) -> None:
-    event["observation"] = {"need": 2} if "need" in event["observation"] else {"b": [1.0] * 24, "matrix": 0}
+    event["observation"] = {"need": 2}
 
 
 def one_reading_less(event: Event) -> None:

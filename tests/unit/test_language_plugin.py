@@ -104,19 +104,19 @@ def test_a_missing_word_is_filled_and_the_others_stay(plugin: Language) -> None:
     ["supercalifragilistic antidisestablishmentarianism", "foo<mask>bar <mask>", "🙂 何 naïve", "<pad> <empty> x"],
 )
 def test_strange_words_keep_their_places(plugin: Language, text: str) -> None:
-    """What is put out has the words of what came in, masks aside: nothing shifts behind a word of many pieces."""
-    found = answer(plugin, text)["text"].split()
+    """Without repairs what is put out has the words of what came in, masks aside: nothing shifts behind many pieces."""
+    with Language(plugin.spec, repair=2.0) as strict:
+        found = answer(strict, text)["text"].split()
     given = plugin.tokens.normalise(text).split()
     assert len(found) == len(given)
-    assert all(a == b for a, b in zip(found, given, strict=True) if len(plugin.tokens.pieces(b, True)) > 2)
+    assert all(a == b for a, b in zip(found, given, strict=True) if b != MASK)
 
 
-def test_words_are_repaired_only_when_asked(plugin: Language) -> None:
-    strict = Language(plugin.spec, repair=2.0)
-    with strict:
-        for text, _ in IN_SCOPE:
-            if MASK not in text:
-                assert answer(strict, text)["text"] == strict.tokens.normalise(text)
+def test_mistyped_words_are_repaired_and_only_when_asked(plugin: Language) -> None:
+    said = "plese set an alrm for five"
+    assert answer(plugin, said)["text"] == "please set an alarm for five"
+    with Language(plugin.spec, repair=2.0) as strict:
+        assert answer(strict, said)["text"] == said
 
 
 def test_out_of_scope_is_less_probable(plugin: Language) -> None:
@@ -159,5 +159,5 @@ def test_halting_is_certified_and_saves_half_of_the_steps(plugin: Language) -> N
 
 @needs_data
 def test_out_of_scope_commands_are_told_apart(plugin: Language) -> None:
-    found = scope(plugin, load_texts(data_folder()).first(100))
+    found = scope(plugin, load_texts(data_folder()).first(100), "full")
     assert found["auroc_report"] > 0.8

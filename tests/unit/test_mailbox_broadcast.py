@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -144,12 +145,13 @@ def test_iteration_and_waiting(mailbox: Mailbox, port: BroadcastPort) -> None:
         with mailbox.broadcast("r", RECORD) as producer:
             for number in range(3):
                 producer.send(record(port, number))
-        mailbox.remove("r")
 
     thread = threading.Timer(0.05, produce)
     thread.start()
-    assert [int(got["number"]) for got in port] == [0, 1, 2]
+    assert [int(got["number"]) for got in islice(port, 3)] == [0, 1, 2]
     thread.join()
+    threading.Timer(0.05, mailbox.remove, ("r",)).start()
+    assert list(port) == []  # it ends with the port
     with pytest.raises(ClosedError, match="removed"):
         port.send(record(port, 1))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sage_edge.mailbox import FocusPort, FullError, Loan, Mailbox, PortSpec, PortTable, _native, layout
-from tests.mailbox_peers import Peer, peer, wait_until
+from tests.mailbox_peers import Peer, peer
 
 SPEC = PortSpec("focus", 2, dtype="uint8", shape=(4096,), policy="refuse")
 BLOCK = PortSpec("focus", 2, dtype="uint8", shape=(4096,))
@@ -181,43 +181,6 @@ def test_a_reused_pid_fools_nobody(mailbox: Mailbox) -> None:
         stats = port.stats()
         assert (stats.free, stats.loaned, stats.held) == (2, 0, 0)
         assert [owner.pid for owner in stats.owners] == [os.getpid()]
-
-
-def test_a_process_whose_first_thread_has_ended_lives(mailbox: Mailbox) -> None:
-    """/proc shows state Z for it; its other threads may well write."""
-
-    def odd(p: Peer) -> None:
-        import ctypes
-        import threading
-
-        port = Mailbox("crash", TABLE).focus("p")
-        loans = [port.loan(), port.loan()]
-
-        def rest() -> None:
-            wait_until(lambda: Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
-            p.pause()
-            del loans[:]
-            os._exit(0)
-
-        threading.Thread(target=rest).start()
-        ctypes.CDLL(None).pthread_exit(None)
-
-    with mailbox.focus("p") as port, peer(odd) as other:
-        assert other.reached()
-        assert Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        time.sleep(0.06)
-        with pytest.raises(FullError):
-            port.loan()
-        other.kill()
-        wait_until(lambda: port.stats().loaned == 0 or _try(port))
-
-
-def _try(port: FocusPort) -> bool:
-    try:
-        port.loan().cancel()
-    except FullError:
-        return False
-    return port.stats().loaned == 0
 
 
 def test_all_64_handles_of_the_dead_come_back(mailbox: Mailbox) -> None:
