@@ -27,8 +27,8 @@ def add(subparsers: Subparsers) -> None:
         "  sage-edge build my-hrm.bundle --target cpu\n"
         "  sage-edge build my-hrm.bundle --precision int8 --data DIR    INT8 products; DIR sets ranges and judges accuracy\n"
         "  sage-edge build my-hrm-fp16.bundle --target orin-nano        TensorRT, on the Jetson itself\n\n"
-        "targets: cpu; orin-nano, thor, desktop (TensorRT: the recipe follows the bundle's precision, engines/*.yaml).\n"
-        "Ctrl-C ends a build and leaves nothing behind.",
+        "targets: cpu; orin-nano, thor, desktop (TensorRT: the recipe follows the bundle's precision, engines/*.yaml);\n"
+        "torch (AOTInductor, CPU or CUDA), torch-tensorrt, ort-cuda. Ctrl-C ends a build and leaves nothing behind.",
     )  # fmt: skip
     parser.add_argument("bundle", metavar="BUNDLE", help="a bundle, a model folder or the name of a shipped model")
     parser.add_argument("--target", metavar="TARGET", help="what to build for (default: cpu)")

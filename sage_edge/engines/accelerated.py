@@ -29,6 +29,9 @@ from sage_edge.files import replacing_directory, sha256
 
 MODULES: dict[Engine, tuple[str, str]] = {
     "tensorrt": ("sage_edge.engines.target_tensorrt", "TensorRTTarget"),
+    "torch": ("sage_edge.engines.target_torch", "TorchTarget"),
+    "torch-tensorrt": ("sage_edge.engines.target_torch", "TorchTensorRTTarget"),
+    "ort-cuda": ("sage_edge.engines.target_ort", "OrtCudaTarget"),
 }
 
 

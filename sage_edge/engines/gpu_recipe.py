@@ -10,7 +10,7 @@ from sage_edge.config import load_yaml
 from sage_edge.engines.device_runner import RunOptions
 from sage_edge.errors import InputError
 
-Engine = Literal["tensorrt"]
+Engine = Literal["tensorrt", "torch", "torch-tensorrt", "ort-cuda"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PACKAGE = Path(__file__).resolve().parents[1]
 # First compute capability whose tensor cores multiply this type (CUDA C++ programming guide, "compute capabilities";
