@@ -1,6 +1,7 @@
 """Steps and answers of our engines beside PyTorch on one device, in turn within one run, with the device's roofline.
 
     python -m benchmarks.gpu.compare                            the paper's size (27 M parameters) on the CUDA device here
+    python -m benchmarks.gpu.compare --check                    only say whether there is a GPU to measure (exit code 2: no)
     python -m benchmarks.gpu.compare --device cpu --case tiny   the same code on a CPU, to see that it runs
 
 Engines that are not installed here are left out, with the reason in the report.
@@ -29,6 +30,7 @@ from sage_edge.bench.suite import Case
 from sage_edge.bench.timing import interleave
 from sage_edge.config import load_yaml
 from sage_edge.device import machine, version
+from sage_edge.engines.accelerator_cuda import CudaDevice
 from sage_edge.engines.accelerated import build_accelerated, bundle_precision
 from sage_edge.engines.build import BuildRecipe, build, open_engine
 from sage_edge.engines.gpu_recipe import choose_recipe
@@ -49,7 +51,21 @@ TARGETS = ("desktop", "torch", "ort-cuda", "torch-tensorrt")
 
 def no_device() -> str:
     """Why nothing can be measured on a GPU here; empty when it can."""
-    return "" if torch.cuda.is_available() else "torch finds no CUDA device (torch.cuda.is_available() is False)"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device (torch.cuda.is_available() is False)"
+    try:
+        with CudaDevice():
+            return ""
+    except MissingDependencyError as error:
+        return str(error)
+
+
+def driver() -> str | None:
+    """The kernel driver as it names itself; None where that cannot be read."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, IndexError):
+        return None
 
 
 def engines(bundle: Path, slots: int, device: str, left_out: dict[str, str]) -> dict[str, Runner]:
@@ -68,6 +84,8 @@ def engines(bundle: Path, slots: int, device: str, left_out: dict[str, str]) -> 
 
 def steps(runners: dict[str, Runner], contestants: dict[str, Any], batch: int, seconds: float) -> dict[str, Any]:
     """Latency of one step at one batch size, everybody in turn."""
+    # All compiled contestants share one code object; past eight variants of it torch would quietly run eager.
+    torch.compiler.reset()
     calls: dict[str, Callable[[], object]] = {}
     first = next(iter(runners.values()))
     observation = first.model.random_observation(batch)
@@ -117,7 +135,7 @@ def measure(
             runner.deactivate()
     gpu = torch.cuda.get_device_name(0) if device == "cuda" else None
     return {
-        "case": case, "command": "python -m benchmarks.gpu.compare " + " ".join(sys.argv[1:]), "device": device, "gpu": gpu,
+        "case": case, "command": "python -m benchmarks.gpu.compare " + " ".join(sys.argv[1:]), "device": device, "gpu": gpu, "driver": driver() if gpu else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(), "machine": asdict(machine()),
         "python": platform.python_version(), "ceilings": asdict(ceilings), "rows": rows, "left_out": left_out,
         "engines": described,
@@ -128,13 +146,16 @@ def measure(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--check", action="store_true", help="measure nothing; exit code 2 without a GPU")
     parser.add_argument("--case", default="hrm-27m", help="a case of benchmarks/cases with a random model, or tiny")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=2.0, help="for each contestant at each batch size")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-CASE-NAME-COMMIT.json")
     chosen = parser.parse_args(arguments)
     if chosen.device == "cuda" and (reason := no_device()):
-        print(f"skipped: {reason}")
+        print(f"no GPU, nothing was run: {reason}", file=sys.stderr)
+        return 2
+    if chosen.check:
         return 0
     report = measure(
         chosen.case, chosen.device, chosen.batches, chosen.seconds, lambda stage: print(stage, file=sys.stderr)

@@ -37,7 +37,7 @@ def _peer(model: Any, device: str, kind: str, compiled: bool) -> Callable[[dict[
             return z_H, z_L, q, own.logits(z_H)
 
         # "reduce-overhead" is torch's name for CUDA graphs.
-        function = torch.compile(step, mode="reduce-overhead") if compiled else step
+        function = torch.compile(step, mode="reduce-overhead", dynamic=False) if compiled else step
         carry = [torch.from_numpy(state[name]).to(device, TYPES[kind]) for name in ("context", "z_H", "z_L")]
 
         def run() -> object:

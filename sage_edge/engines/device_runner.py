@@ -175,9 +175,13 @@ class DeviceRunner(Runner):
     def describe(self) -> dict[str, Any]:
         """What is running, for reports."""
         captured = sum(graph is not None for slots in self._all for graph in slots.graphs)
+        executions = self._executions.values()
+        captured += sum(execution.own_graphs for execution in executions)
+        given_up = {execution.not_captured for execution in executions if execution.not_captured}
+        notes = [*self.notes, *(f"the step runs without a device graph: {reason}" for reason in sorted(given_up))]
         return {"device": self.device.info.key, "slots": self.slots, "shapes": list(self.shapes),
                 "graphs_captured": captured, "speculate": self.options.speculate, "overruns": self.overruns,
-                "notes": list(self.notes)}  # fmt: skip
+                "notes": notes}  # fmt: skip
 
     # States
 

@@ -12,11 +12,13 @@ class Execution(ABC):
     """A graph at one number of slots.
 
     not_capturable: why its work must not be captured as a device graph; empty where it can be. captures_itself: it makes
-    device graphs of its own, and nobody else should.
+    device graphs of its own, and nobody else should; own_graphs: how many; not_captured: why it gave that up, empty if not.
     """
 
     not_capturable: str = ""
     captures_itself: bool = False
+    own_graphs: int = 0
+    not_captured: str = ""
 
     @abstractmethod
     def enqueue(self, stream: Stream, addresses: Mapping[str, int]) -> None:

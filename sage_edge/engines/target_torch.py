@@ -1,6 +1,7 @@
-"""The torch targets: graphs compiled ahead of time by AOTInductor, or by torch_tensorrt with fallback to PyTorch.
+"""The torch targets: steps compiled ahead of time by AOTInductor, or by torch_tensorrt with fallback to PyTorch.
 
-For desktops without TensorRT, for judging TensorRT against, and for any CPU that has a C++ compiler.
+For desktops without TensorRT, for judging TensorRT against, and for any CPU that has a C++ compiler. Only `refine` is
+compiled: `encode` and `decode` run once a request, a few operators each, and compiling them would double the wait.
 """
 
 from __future__ import annotations
@@ -35,8 +36,6 @@ class TorchTarget(EngineTarget):
 
     def require(self) -> None:
         _import("torch", "export")
-        if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-            raise MissingDependencyError("an engine of torch needs a C++ compiler to be built: apt install g++")
 
     def versions(self) -> dict[str, str]:
         return {"torch": version("torch") or "unknown"}
@@ -53,15 +52,22 @@ class TorchTarget(EngineTarget):
     def refuse_bundle(self, source: Path, bundle: Bundle) -> None:
         from sage_edge.engines.torch_graph import OnnxModule
 
+        # Here, not in `require`: an engine that is built runs without.
+        if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+            raise MissingDependencyError("an engine of torch needs a C++ compiler to be built: apt install g++")
         for name in GRAPH_NAMES:
             OnnxModule(source / f"{name}.onnx")
 
     def make(self, source: Path, bundle: Bundle, recipe: GpuRecipe, folder: Path, report: Report) -> Made:
         where = "cuda" if self.uses_gpu() else "cpu"
-        for index, name in enumerate(GRAPH_NAMES):
-            report(f"compile {name}", index / len(GRAPH_NAMES))
-            program = export_program(source / f"{name}.onnx", bundle.graph(name), recipe.slots, where)
-            self.compile(program, bundle.graph(name), recipe, folder / f"{name}.pt2", where)
+        for name in GRAPH_NAMES:
+            if name != "refine":
+                shutil.copyfile(source / f"{name}.onnx", folder / f"{name}.onnx")
+        report("trace refine", 0.0)
+        spec = bundle.graphs.refine
+        program = export_program(source / "refine.onnx", spec, recipe.slots, where)
+        report("compile refine", 0.2)
+        self.compile(program, spec, recipe, folder / "refine.pt2", where)
         return Made(recipe)
 
     def compile(self, program: ExportedProgram, spec: GraphSpec, recipe: GpuRecipe, path: Path, where: str) -> None:
@@ -71,10 +77,10 @@ class TorchTarget(EngineTarget):
         from sage_edge.engines.torch_program import TorchProgram
 
         def made(name: GraphName) -> Program:
-            # Encode and decode run once a request, at addresses that change: nothing to capture.
-            return TorchProgram(
-                folder / f"{name}.pt2", bundle.graph(name), recipe.graphs and name == "refine", self.needs
-            )
+            if name == "refine":
+                return TorchProgram(folder / "refine.pt2", bundle.graph(name), recipe.graphs, self.needs)
+            # Once a request, at addresses that change: nothing to capture.
+            return TorchProgram(folder / f"{name}.onnx", bundle.graph(name), graphs=False)
 
         return {name: made(name) for name in GRAPH_NAMES}
 

@@ -1,6 +1,7 @@
-"""A graph compiled ahead of time by torch (AOTInductor, with or without TensorRT inside) as a program for a device.
+"""A graph run by torch as a program for a device: compiled ahead of time (AOTInductor, with or without TensorRT inside), or
+operator by operator from its ONNX file.
 
-The package holds compiled code: nothing is compiled when it is opened. Only the torch engines import this.
+A package holds compiled code: nothing is compiled when it is opened. Only the torch engines import this.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sage_edge.engines.accelerator import Device, OutOfMemoryError, Stream
 from sage_edge.engines.accelerator_null import NullStream
 from sage_edge.engines.device_memory import item_bytes
 from sage_edge.engines.program import Execution, Program
+from sage_edge.engines.torch_graph import OnnxModule
 from sage_edge.errors import DeviceLostError, EngineError, InputError
 from sage_edge.specs import TensorSpec
 
@@ -27,13 +29,15 @@ Key = tuple[int, ...]
 
 
 class TorchProgram(Program):
-    """`path`: the package (.pt2). graphs: replay the work as a CUDA graph; needs: modules whose operators it uses."""
+    """`path`: a package (.pt2) or a graph (.onnx). graphs: replay the work as a CUDA graph; needs: modules whose operators
+    the package uses."""
 
     def __init__(self, path: Path, spec: GraphSpec, graphs: bool, needs: tuple[str, ...] = ()) -> None:
         self.path = path
         self.spec = spec
         self.graphs = graphs
         self.needs = needs
+        self.not_captured = ""
         self.compiled: Any = None
         self.where = "cpu"
 
@@ -44,7 +48,10 @@ class TorchProgram(Program):
         for module in self.needs:
             importlib.import_module(module)
         try:
-            self.compiled = torch._inductor.aoti_load_package(str(self.path))
+            if self.path.suffix == ".onnx":
+                self.compiled = OnnxModule(self.path).eval().to(self.where)
+            else:
+                self.compiled = torch._inductor.aoti_load_package(str(self.path))
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"{self.path.name}: {_first_line(error)}") from error
         except RuntimeError as error:
@@ -70,6 +77,14 @@ class TorchExecution(Execution):
         self._views: dict[Key, tuple[list[Tensor], list[Tensor]]] = {}
         self._graphs: dict[Key, Any] = {}
         self._warm: set[Key] = set()
+
+    @property
+    def own_graphs(self) -> int:  # type: ignore[override]
+        return len(self._graphs)
+
+    @property
+    def not_captured(self) -> str:  # type: ignore[override]
+        return self.program.not_captured
 
     def enqueue(self, stream: Stream, addresses: Mapping[str, int]) -> None:
         spec = self.program.spec
@@ -127,8 +142,9 @@ class TorchExecution(Execution):
                     with torch.cuda.graph(graph, stream=external):
                         self._run(inputs, outputs)
                     self._graphs[key] = graph
-                except (RuntimeError, EngineError):  # some operator cannot be captured: as before, without a graph
+                except (RuntimeError, EngineError) as error:  # some operator cannot be captured: as before, without
                     self.program.graphs = False
+                    self.program.not_captured = _first_line(error)
                     self._run(inputs, outputs)
                     return
             if key in self._graphs:
