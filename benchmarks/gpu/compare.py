@@ -30,8 +30,8 @@ from sage_edge.bench.suite import Case
 from sage_edge.bench.timing import interleave
 from sage_edge.config import load_yaml
 from sage_edge.device import machine, version
-from sage_edge.engines.accelerator_cuda import CudaDevice
 from sage_edge.engines.accelerated import build_accelerated, bundle_precision
+from sage_edge.engines.accelerator_cuda import CudaDevice
 from sage_edge.engines.build import BuildRecipe, build, open_engine
 from sage_edge.engines.gpu_recipe import choose_recipe
 from sage_edge.engines.graph_cost import graph_cost
@@ -82,8 +82,10 @@ def engines(bundle: Path, slots: int, device: str, left_out: dict[str, str]) -> 
     return found
 
 
-def steps(runners: dict[str, Runner], contestants: dict[str, Any], batch: int, seconds: float) -> dict[str, Any]:
-    """Latency of one step at one batch size, everybody in turn."""
+def steps(
+    runners: dict[str, Runner], contestants: dict[str, Any], batch: int, seconds: float, left_out: dict[str, str]
+) -> dict[str, Any]:
+    """Latency of one step at one batch size, everybody in turn; `left_out` gets those that fail, with the reason."""
     # All compiled contestants share one code object; past eight variants of it torch would quietly run eager.
     torch.compiler.reset()
     calls: dict[str, Callable[[], object]] = {}
@@ -95,6 +97,12 @@ def steps(runners: dict[str, Runner], contestants: dict[str, Any], batch: int, s
     start = first.read(first.encode(observation))
     for name, peer in contestants.items():
         calls[name] = peer(start)
+    for name in list(calls):
+        try:
+            calls[name]()
+        except Exception as error:  # a compiler's errors share no base class; the others' figures are worth having
+            left_out[f"{name}, batch {batch}"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            del calls[name]
     return {name: asdict(latency) for name, latency in interleave(calls, seconds * len(calls)).items()}
 
 
@@ -124,7 +132,7 @@ def measure(
                 del runners[name]
         for batch in batches:
             progress(f"batch {batch}")
-            latency = steps(runners, peers(model, device), batch, seconds)
+            latency = steps(runners, peers(model, device), batch, seconds, left_out)
             best = asdict(predict("refine", graph_cost(bundle / "refine.onnx", batch), ceilings))
             answers = {
                 name: 1e3 * batch / (config.halt_max_steps * entry["mean_ms"]) for name, entry in latency.items()
@@ -135,7 +143,8 @@ def measure(
             runner.deactivate()
     gpu = torch.cuda.get_device_name(0) if device == "cuda" else None
     return {
-        "case": case, "command": "python -m benchmarks.gpu.compare " + " ".join(sys.argv[1:]), "device": device, "gpu": gpu, "driver": driver() if gpu else None,
+        "case": case, "command": "python -m benchmarks.gpu.compare " + " ".join(sys.argv[1:]), "device": device,
+        "gpu": gpu, "driver": driver() if gpu else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(), "machine": asdict(machine()),
         "python": platform.python_version(), "ceilings": asdict(ceilings), "rows": rows, "left_out": left_out,
         "engines": described,

@@ -1,9 +1,11 @@
 """Everything on a Jetson, into one file to attach to an issue: `make jetson`.
 
     python -m benchmarks.jetson.report              on the Jetson: doctor, builds, gates, bench, power
-    python -m benchmarks.jetson.report --dry-run    the same steps anywhere: CPU engine, few examples, whatever sensor there is
+    python -m benchmarks.jetson.report --dry-run    anywhere: the steps that need no Jetson, a CPU engine in TensorRT's place, few
+                                                    examples, whatever sensor there is; says what was not run
 
-A step that fails does not end the run: the report says what failed and with which message. Exit code 1 when any step failed.
+A step that fails does not end the run: the report says what failed and with which message. Exit code 1 when any step failed,
+2 when this is no Jetson.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 from sage_edge.dataset import load_dataset
 from sage_edge.device import machine
 from sage_edge.engines.build import open_engine
+from sage_edge.errors import SageError
 from sage_edge.evaluate import collect, score
 from sage_edge.files import write_atomic
 from sage_edge.models import shipped
@@ -124,14 +127,24 @@ def energy(engine: Path, data: Path, examples: int, sensor: EnergySensor | None)
         with metered(sensor) as used:
             answers = session.infer(held_out.observation, "learned")
         right = score(collect(session, held_out, session.runner.model.max_steps), "learned").exact_accuracy
-    spent = used["millijoules"]
+    spent, resting = used["millijoules"], idle["millijoules"]
     correct = right * len(answers)
     return {
         "sensor": sensor.name if sensor else None, "examples": len(answers), "exact_accuracy": right,
         "mean_steps": sum(a.steps for a in answers) / len(answers), "seconds": used["seconds"], "millijoules": spent,
-        "idle_milliwatts": idle["millijoules"], "mj_per_answer": spent / len(answers) if spent is not None else None,
+        "idle_milliwatts": resting / idle["seconds"] if resting is not None and idle["seconds"] else None,
+        "mj_per_answer": spent / len(answers) if spent is not None else None,
         "mj_per_correct_answer": spent / correct if spent is not None and correct else None,
     }  # fmt: skip
+
+
+def told(found: dict[str, Any]) -> str:
+    """The energy of a run in words."""
+    if found["sensor"] is None:
+        return "not measured: no sensor that this user may read (a Jetson's INA3221 rail VDD_IN, or Intel's RAPL)"
+    cost = found["mj_per_correct_answer"]
+    per = f"{cost:.1f} mJ per correct answer" if cost is not None else "no correct answer"
+    return f"{per}, {found['idle_milliwatts']:.0f} mW idle ({found['sensor']}, the idle share included)"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -145,8 +158,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("jetson-report.json"))
     chosen = parser.parse_args(arguments)
     if machine().jetson is None and not chosen.dry_run:
-        print("skipped: this is no Jetson (/proc/device-tree/model does not say so); --dry-run runs the steps anyway")
-        return 0
+        print(
+            "no Jetson, nothing was run (/proc/device-tree/model names none); `make jetson DRY_RUN=1` runs what needs none",
+            file=sys.stderr,
+        )
+        return 2
     own = shipped(chosen.model)
     data = chosen.data or (own / "data" if own else None)
     if data is None:
@@ -165,13 +181,24 @@ def main(arguments: list[str] | None = None) -> int:
         if "output" in result:
             print(f"  FAILED (exit code {result['exit_code']}): " + "\n  ".join(result["output"]), flush=True)
         precision = step.name.removeprefix("gate ")
-        if step.name.startswith("gate ") and result["exit_code"] == 0:
-            report["energy"][precision] = energy(chosen.folder / precision, data, examples, sensor)
-            print(f"  energy: {report['energy'][precision]}", flush=True)
+        if "output" not in result:
+            print(f"  ran, {result['seconds']:.1f} s", flush=True)
+        if step.name.startswith("gate ") and "output" not in result:
+            try:
+                report["energy"][precision] = energy(chosen.folder / precision, data, examples, sensor)
+                print(f"  power: {told(report['energy'][precision])}", flush=True)
+            except SageError as error:
+                report["steps"][f"power {precision}"] = {"output": [str(error)]}
+                print(f"  power: FAILED: {error}", flush=True)
+    report["not_run"] = {}
+    for step in plan(chosen.model, calibration, chosen.folder, False, examples) if chosen.dry_run else []:
+        if step.name not in report["steps"] or step.name == "roofline":
+            report["not_run"][step.name] = "sage-edge " + " ".join(step.argv)
+            print(f"NOT RUN, needs a Jetson: {step.name}: {report['not_run'][step.name]}", flush=True)
     failed = [name for name, result in report["steps"].items() if "output" in result]
     report["failed"] = failed
     write_atomic(chosen.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
-    print(f"report: {chosen.output}; " + (f"failed: {', '.join(failed)}" if failed else "every step passed"))
+    print(f"report: {chosen.output}; " + (f"failed: {', '.join(failed)}" if failed else "every step that ran passed"))
     return 1 if failed else 0
 
 

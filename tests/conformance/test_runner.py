@@ -54,7 +54,7 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[[], Runner]]:
         options = RunOptions(speculate="always" if request.param == "device-early" else "auto")
         yield lambda: null_device_runner(bundle, options)
     elif request.param == "torch":
-        engine = request.getfixturevalue("tiny_torch_engine")
+        engine = request.getfixturevalue("torch_engine")
         yield lambda: open_engine(engine)
     elif request.param == "tensorrt-stand-in":
         engine = request.getfixturevalue("tensorrt_engine")

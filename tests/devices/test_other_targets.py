@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,39 +14,42 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("cuda.bindings.runtime")
 
-from sage_edge.cli.main import main
-from sage_edge.engines.accelerated import build_accelerated
-from sage_edge.engines.accelerator_null import NullDevice
-from sage_edge.engines.build import open_bundle, open_engine
-from sage_edge.engines.gpu_recipe import choose_recipe
-from sage_edge.engines.manifest import load_manifest
-from sage_edge.engines.target_ort import OrtCudaTarget
-from sage_edge.engines.target_torch import TorchTarget, TorchTensorRTTarget
-from sage_edge.errors import InputError, MissingDependencyError
+from sage_edge.cli.main import main  # noqa: E402
+from sage_edge.engines.accelerated import build_accelerated  # noqa: E402
+from sage_edge.engines.accelerator_null import NullDevice  # noqa: E402
+from sage_edge.engines.build import open_bundle, open_engine  # noqa: E402
+from sage_edge.engines.device_runner import DeviceRunner  # noqa: E402
+from sage_edge.engines.gpu_recipe import choose_recipe  # noqa: E402
+from sage_edge.engines.manifest import load_manifest  # noqa: E402
+from sage_edge.engines.target_ort import OrtCudaTarget  # noqa: E402
+from sage_edge.engines.target_torch import TorchTarget, TorchTensorRTTarget  # noqa: E402
+from sage_edge.engines.torch_program import TorchProgram  # noqa: E402
+from sage_edge.errors import InputError, MissingDependencyError  # noqa: E402
 
 ON_CPU = not torch.cuda.is_available()
 
 
-def test_a_torch_engine_agrees_with_its_bundle_and_names_its_device(tiny_torch_engine: Path, tiny_bundle: Path) -> None:
-    manifest, _ = load_manifest(tiny_torch_engine)
+def test_a_torch_engine_agrees_with_its_bundle_and_names_its_device(torch_engine: Path, smallest_bundle: Path) -> None:
+    manifest, _ = load_manifest(torch_engine)
     assert manifest.target == "torch"
     assert set(manifest.versions) == {"sage-edge-builder", "torch"}
     assert manifest.device.startswith("host/" if ON_CPU else "cuda/")
-    with open_engine(tiny_torch_engine) as ours, open_bundle(tiny_bundle, 4) as plain:
+    with open_engine(torch_engine) as ours, open_bundle(smallest_bundle, 4) as plain:
         observed = ours.model.random_observation(3)
         states = ours.encode(observed), plain.encode(observed)
         for _ in range(3):
             np.testing.assert_allclose(ours.refine(states[0]), plain.refine(states[1]), atol=1e-4)
-        assert ours.describe()["notes"] == []  # type: ignore[attr-defined]
+        assert isinstance(ours, DeviceRunner)
+        assert ours.describe()["notes"] == []
 
 
 def test_it_is_found_in_the_cache_and_checked_by_the_command(
-    tiny_torch_engine: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+    torch_engine: Path, smallest_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["build", str(tiny_bundle), "--target", "torch", "--slots", "4", "--json"]) == 0
+    assert main(["build", str(smallest_bundle), "--target", "torch", "--slots", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["cached"], report["engine"]) == (True, str(tiny_torch_engine))
-    assert main(["check", str(tiny_torch_engine)]) == 0
+    assert (report["cached"], report["engine"]) == (True, str(torch_engine))
+    assert main(["check", str(torch_engine)]) == 0
 
 
 def test_another_torch_or_another_machine_is_refused() -> None:
@@ -58,15 +62,13 @@ def test_another_torch_or_another_machine_is_refused() -> None:
         target.refuse_foreign(recipe, "host/cpu-b", target.versions(), here)
 
 
-def test_a_damaged_package_is_a_clear_error(tiny_torch_engine: Path, tmp_path: Path) -> None:
-    from sage_edge.engines.torch_program import TorchProgram
-
+def test_a_damaged_package_is_a_clear_error(torch_engine: Path, tmp_path: Path) -> None:
     folder = tmp_path / "engine"
-    shutil.copytree(tiny_torch_engine, folder)
+    shutil.copytree(torch_engine, folder)
     (folder / "refine.pt2").write_bytes(b"not a package")
     with pytest.raises(InputError, match="changed since manifest.yaml was written"):
         open_engine(folder)
-    _, bundle = load_manifest(tiny_torch_engine)
+    _, bundle = load_manifest(torch_engine)
     device = NullDevice()
     with pytest.raises(InputError, match="PyTorch cannot load it"):
         TorchProgram(folder / "refine.pt2", bundle.graphs.refine, graphs=False).open(device, device.stream("normal"))
@@ -99,7 +101,28 @@ def test_ort_cuda_refuses_another_gpu_or_version() -> None:
         target.refuse_foreign(recipe, "host/b", target.versions(), info)
 
 
-@pytest.mark.skipif(not ON_CPU, reason="torch_tensorrt may be installed here")
-def test_torch_tensorrt_without_it_says_so() -> None:
-    with pytest.raises(MissingDependencyError, match="needs torch_tensorrt"):
+def test_torch_tensorrt_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
+    with pytest.raises(MissingDependencyError, match=r"needs torch_tensorrt .*; pip install torch_tensorrt"):
         TorchTensorRTTarget().require()
+
+
+def test_torch_is_wanted_by_its_own_targets_alone(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["build", str(tiny_bundle), "--target", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["build", str(tiny_bundle), "--target", "torch"]) == 2
+    assert "needs torch" in (said := capsys.readouterr().err)
+    assert "pip install 'sage-edge[export]'" in said
+
+
+def test_a_graph_that_torch_gave_up_is_told(torch_engine: Path) -> None:
+    with open_engine(torch_engine) as runner:
+        assert isinstance(runner, DeviceRunner)
+        runner.refine(runner.encode(runner.model.random_observation(1)))
+        program = runner.programs["refine"]
+        assert isinstance(program, TorchProgram)
+        program.not_captured = "operation not permitted"
+        assert runner.describe()["notes"] == ["the step runs without a device graph: operation not permitted"]

@@ -14,20 +14,22 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sage_edge.engines.accelerated import build_accelerated, open_accelerated
-from sage_edge.engines.accelerator import OutOfMemoryError
-from sage_edge.engines.accelerator_cuda import CudaDevice
-from sage_edge.engines.build import open_engine
-from sage_edge.engines.device_runner import DeviceRunner, RunOptions
-from sage_edge.engines.gpu_recipe import choose_recipe
-from sage_edge.engines.manifest import load_manifest
-from sage_edge.engines.runner import Runner
-from sage_edge.errors import MissingDependencyError
+from sage_edge.engines.accelerated import build_accelerated, open_accelerated  # noqa: E402
+from sage_edge.engines.accelerator import OutOfMemoryError  # noqa: E402
+from sage_edge.engines.accelerator_cuda import CudaDevice  # noqa: E402
+from sage_edge.engines.build import open_engine  # noqa: E402
+from sage_edge.engines.device_runner import DeviceRunner, RunOptions  # noqa: E402
+from sage_edge.engines.gpu_recipe import choose_recipe  # noqa: E402
+from sage_edge.engines.manifest import load_manifest  # noqa: E402
+from sage_edge.engines.runner import Runner  # noqa: E402
+from sage_edge.errors import MissingDependencyError  # noqa: E402
 
 # The suite of the runner contract: every test of it, with the engines below in place of its own.
-from tests.conformance.test_runner import *  # noqa: F403
+from tests.conformance import test_runner as suite  # noqa: E402
 
 pytestmark = pytest.mark.gpu
+for name in [name for name in vars(suite) if name.startswith("test_") or name == "runner"]:
+    globals()[name] = getattr(suite, name)
 TARGETS = ("desktop", "torch", "ort-cuda", "torch-tensorrt")
 
 
@@ -49,8 +51,8 @@ def gpu_engine(request: pytest.FixtureRequest, device_here: None, tiny_bundle: P
 
 
 @pytest.fixture
-def make(gpu_engine: Path) -> Iterator[Callable[[], Runner]]:
-    yield lambda: open_engine(gpu_engine)
+def make(gpu_engine: Path) -> Callable[[], Runner]:
+    return lambda: open_engine(gpu_engine)
 
 
 @pytest.fixture

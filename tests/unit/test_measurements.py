@@ -9,9 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benchmarks.gpu import compare
-from benchmarks.jetson import report as jetson
-from sage_edge.device import machine
+from benchmarks.gpu import compare  # noqa: E402
+from benchmarks.jetson import report as jetson  # noqa: E402
+from sage_edge.device import machine  # noqa: E402
+from sage_edge.sharing.power import EnergySensor  # noqa: E402
 
 
 def test_the_comparison_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,15 +43,17 @@ def test_the_comparison_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_comparison_is_skipped_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare.main([]) == 0
-    assert "skipped: torch finds no CUDA device" in capsys.readouterr().out
+@pytest.mark.parametrize("arguments", [[], ["--check"]])
+def test_without_a_gpu_nothing_is_measured(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(arguments) == 2
+    said = capsys.readouterr()
+    assert (said.out, "no GPU, nothing was run: torch" in said.err) == ("", True)
 
 
 @pytest.mark.skipif(machine().jetson is not None, reason="this is a Jetson")
-def test_without_a_jetson_the_report_is_skipped_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    assert jetson.main([]) == 0
-    assert "skipped: this is no Jetson" in capsys.readouterr().out
+def test_without_a_jetson_there_is_no_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert jetson.main([]) == 2
+    assert "no Jetson, nothing was run" in capsys.readouterr().err
 
 
 def test_a_jetson_builds_each_precision_gates_it_and_benches_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +67,7 @@ def test_a_jetson_builds_each_precision_gates_it_and_benches_it(monkeypatch: pyt
     assert steps["build int8"][2:8] == ("--target", "orin-nano", "--precision", "int8", "--data", "data")
 
 
-class Sensor(jetson.EnergySensor):
+class Sensor(EnergySensor):
     name = "test"
 
     def __init__(self) -> None:
