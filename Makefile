@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 NATIVE_PYTHON ?= $(BIN)/python
 
-.PHONY: bench test lint native tensorrt-api clean
+.PHONY: bench test lint native tensorrt-api gpu jetson clean
 bench: $(VENV)/.installed
 	$(BIN)/sage-edge bench
 
@@ -23,6 +23,18 @@ lint: $(VENV)/.installed-dev
 tensorrt-api: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.tensorrt_api.stubs
 
+# Engines, mailbox and measurements on the CUDA device here; the results go to benchmarks/results. Exit code 2 without one.
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu.compare --check
+	$(BIN)/python -m pytest tests/gpu tests/unit/test_mailbox_device.py
+	$(BIN)/python -m benchmarks.gpu.compare $(GPU_ARGS)
+
+# Everything on a Jetson, into jetson-report.json. DRY_RUN=1, anywhere: the steps that need none; it says what was not run.
+# TensorRT comes from the system's packages, so the environment must see them.
+jetson: VENV_FLAGS = --system-site-packages
+jetson: $(VENV)/.installed$(if $(DRY_RUN),,-cuda)
+	$(BIN)/python -m benchmarks.jetson.report $(if $(DRY_RUN),--dry-run) $(JETSON_ARGS)
+
 # The compiled core in place, for a source tree that is imported as it lies (PYTHONPATH) rather than installed:
 # builds sage_edge/mailbox/_native*.so, which git and wheels leave out. Again after a change under mailbox/.
 native:
@@ -33,7 +45,7 @@ native:
 	  cp $$module sage_edge/mailbox/.new && mv -f sage_edge/mailbox/.new sage_edge/mailbox/$${module##*/}; done
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .
@@ -42,6 +54,10 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(VENV)/.installed-cuda: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[cuda]"
 	touch $@
 
 clean:
