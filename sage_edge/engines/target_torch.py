@@ -7,6 +7,7 @@ compiled: `encode` and `decode` run once a request, a few operators each, and co
 from __future__ import annotations
 
 import importlib
+import inspect
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,12 +118,20 @@ class TorchTensorRTTarget(TorchTarget):
             for t in spec.inputs
         ]  # fmt: skip
         wanted = recipe.tensorrt
-        compiled = torch_tensorrt.dynamo.compile(
-            program, arg_inputs=inputs, disable_tf32=not wanted.tf32, min_block_size=MINIMUM_BLOCK,
-            optimization_level=wanted.optimization_level, workspace_size=(wanted.workspace_mib or 0) << 20,
-        )  # fmt: skip
-        examples = example_inputs(spec, min(2, slots), where)
-        torch_tensorrt.save(compiled, str(path), output_format="aot_inductor", arg_inputs=list(examples))
+        try:
+            compiled = torch_tensorrt.dynamo.compile(
+                program, arg_inputs=inputs, disable_tf32=not wanted.tf32, min_block_size=MINIMUM_BLOCK,
+                optimization_level=wanted.optimization_level, workspace_size=(wanted.workspace_mib or 0) << 20,
+            )  # fmt: skip
+            examples = example_inputs(spec, min(2, slots), where)
+            # Explicit: axes inferred from min and max shapes would be another one for each input.
+            torch_tensorrt.save(compiled, str(path), output_format="aot_inductor", arg_inputs=list(examples),
+                                dynamic_shapes=slot_axes(compiled, spec, slots))  # fmt: skip
+        except Exception as error:  # neither compiler's errors share a base class that is public
+            text = (str(error).splitlines() or [""])[0]
+            raise EngineError(
+                f"{path.name}: torch_tensorrt could not compile it: {type(error).__name__}: {text}"
+            ) from error
 
 
 def _import(name: str, extra: str) -> Any:
@@ -148,14 +157,27 @@ def export_program(path: Path, spec: GraphSpec, slots: int, where: str) -> Expor
     module = OnnxModule(path).eval().to(where)
     if list(module.inputs) != [t.name for t in spec.inputs] or list(module.outputs) != [t.name for t in spec.outputs]:
         raise InputError(f"{path}: its inputs and outputs are not those of bundle.yaml; export the bundle again")
-    axes: Any = None
-    if slots > 1:
-        axis = torch.export.Dim("slots", min=1, max=slots)
-        axes = {"inputs": tuple({0: axis} for _ in spec.inputs)}
     with torch.no_grad():
         return torch.export.export(
-            module, example_inputs(spec, min(2, slots), where), dynamic_shapes=axes, strict=False
+            module,
+            example_inputs(spec, min(2, slots), where),
+            dynamic_shapes=slot_axes(module, spec, slots),
+            strict=False,
         )
+
+
+def slot_axes(module: Any, spec: GraphSpec, slots: int) -> dict[str, Any] | None:
+    """One symbolic first axis for all inputs, in the form that torch.export wants for this module's `forward`."""
+    import torch
+
+    if slots == 1:
+        return None
+    axis = torch.export.Dim("slots", min=1, max=slots)
+    axes = tuple({0: axis} for _ in spec.inputs)
+    parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return {parameters[0].name: axes}
+    return dict(zip((p.name for p in parameters), axes, strict=True))
 
 
 def package(program: ExportedProgram, path: Path) -> None:

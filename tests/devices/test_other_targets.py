@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("cuda.bindings.runtime")
 
+from sage_edge.bundle import load_bundle  # noqa: E402
 from sage_edge.cli.main import main  # noqa: E402
 from sage_edge.engines.accelerated import build_accelerated  # noqa: E402
 from sage_edge.engines.accelerator_null import NullDevice  # noqa: E402
@@ -22,7 +23,7 @@ from sage_edge.engines.device_runner import DeviceRunner  # noqa: E402
 from sage_edge.engines.gpu_recipe import choose_recipe  # noqa: E402
 from sage_edge.engines.manifest import load_manifest  # noqa: E402
 from sage_edge.engines.target_ort import OrtCudaTarget  # noqa: E402
-from sage_edge.engines.target_torch import TorchTarget, TorchTensorRTTarget  # noqa: E402
+from sage_edge.engines.target_torch import TorchTarget, TorchTensorRTTarget, example_inputs, export_program, slot_axes  # noqa: E402
 from sage_edge.engines.torch_program import TorchProgram  # noqa: E402
 from sage_edge.errors import InputError, MissingDependencyError  # noqa: E402
 
@@ -105,6 +106,19 @@ def test_torch_tensorrt_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(MissingDependencyError, match=r"needs torch_tensorrt .*; pip install torch_tensorrt"):
         TorchTensorRTTarget().require()
+
+
+def test_a_traced_graph_can_be_traced_again_with_the_same_slots(smallest_bundle: Path) -> None:
+    """As torch_tensorrt does it when it saves: with the module that tracing made, whose arguments are named otherwise."""
+    spec = load_bundle(smallest_bundle).graphs.decode
+    module = export_program(smallest_bundle / "decode.onnx", spec, 4, "cpu").module()
+    axes = slot_axes(module, spec, 4)
+    again = torch.export.export(module, example_inputs(spec, 2, "cpu"), dynamic_shapes=axes, strict=False).module()
+    for slots in (1, 3, 4):
+        given = example_inputs(spec, slots, "cpu")
+        for ours, theirs in zip(again(*given), module(*given), strict=True):
+            assert ours.shape[0] == slots
+            assert torch.equal(ours, theirs)
 
 
 def test_torch_is_wanted_by_its_own_targets_alone(
