@@ -6,7 +6,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,38 +105,3 @@ def tiny_engine(tiny_bundle: Path) -> Path:
     from sage_edge.engines.build import BuildRecipe, build
 
     return build(tiny_bundle, BuildRecipe(slots=4)).path
-
-
-@pytest.fixture(scope="session")
-def smallest_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An HRM of one layer a module and one cycle, for what takes long to compile."""
-    config = replace(TINY, L_layers=1, H_cycles=1, L_cycles=1)
-    model = tiny_hrm(config)
-    from sage_edge.export.bundle import export_bundle
-    from sage_edge.export.checkpoint import open_model
-    from sage_edge.export.model_folder import save_model_folder
-
-    folder = tmp_path_factory.mktemp("smallest") / "model"
-    save_model_folder(folder, model.state_dict(), name="smallest", config=config, source="seeded, untrained")
-    recipe, opened = open_model(folder)
-    export_bundle(opened, recipe, folder.parent / "bundle")
-    return folder.parent / "bundle"
-
-
-@pytest.fixture(scope="session")
-def torch_engine(smallest_bundle: Path) -> Path:
-    """The smallest bundle's engine of the target torch, compiled by AOTInductor for whatever device is here."""
-    inductor = pytest.importorskip("torch._inductor.config")
-    from sage_edge.engines.accelerated import build_accelerated
-    from sage_edge.engines.gpu_recipe import choose_recipe
-    from sage_edge.errors import MissingDependencyError
-
-    # The same code with less of the C++ compiler's time: no probes of the CPU's vectors, glue code not optimized, and no
-    # header compiled beforehand for the one unit that would use it.
-    quick = {"cpp.vec_isa_ok": True, "aot_inductor.compile_wrapper_opt_level": "O0",
-             "aot_inductor.precompile_headers": False}  # fmt: skip
-    try:
-        with inductor.patch(quick):
-            return build_accelerated(smallest_bundle, choose_recipe("torch", "fp32").with_slots(4)).path
-    except MissingDependencyError as error:  # no C++ compiler
-        pytest.skip(str(error))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from sage_edge.errors import InputError
 from sage_edge.models import load
 from sage_edge.specs import Array
 
-IMPLEMENTATIONS = ("null", "bundle", "engine", "device", "device-early", "tensorrt-stand-in", "torch")
+IMPLEMENTATIONS = ("null", "bundle", "engine", "device", "device-early", "tensorrt-stand-in")
 
 
 def null_device_runner(folder: Path, options: RunOptions) -> Runner:
@@ -53,9 +55,6 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[[], Runner]]:
         bundle = request.getfixturevalue("tiny_bundle")
         options = RunOptions(speculate="always" if request.param == "device-early" else "auto")
         yield lambda: null_device_runner(bundle, options)
-    elif request.param == "torch":
-        engine = request.getfixturevalue("torch_engine")
-        yield lambda: open_engine(engine)
     elif request.param == "tensorrt-stand-in":
         engine = request.getfixturevalue("tensorrt_engine")
         from tests.devices import fake_tensorrt
@@ -71,6 +70,13 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[[], Runner]]:
 def runner(make: Callable[[], Runner]) -> Iterator[Runner]:
     with make() as active:
         yield active
+
+
+def contract() -> dict[str, Any]:
+    """The tests of the contract and their `runner`, for a module that has a fixture `make` of its own."""
+    tests = {name: test for name, test in globals().items() if name.startswith("test_")}
+    wanted = {"runner", "make"}
+    return {"runner": runner} | {n: t for n, t in tests.items() if wanted & set(inspect.signature(t).parameters)}
 
 
 def observation(runner: Runner, count: int, seed: int = 0) -> dict[str, Array]:

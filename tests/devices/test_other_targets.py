@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +24,52 @@ from sage_edge.engines.build import open_bundle, open_engine  # noqa: E402
 from sage_edge.engines.device_runner import DeviceRunner  # noqa: E402
 from sage_edge.engines.gpu_recipe import choose_recipe  # noqa: E402
 from sage_edge.engines.manifest import load_manifest  # noqa: E402
+from sage_edge.engines.runner import Runner  # noqa: E402
 from sage_edge.engines.target_ort import OrtCudaTarget  # noqa: E402
 from sage_edge.engines.target_torch import TorchTarget, TorchTensorRTTarget, example_inputs, export_program, slot_axes  # noqa: E402
 from sage_edge.engines.torch_program import TorchProgram  # noqa: E402
 from sage_edge.errors import InputError, MissingDependencyError  # noqa: E402
+from sage_edge.export.bundle import export_bundle  # noqa: E402
+from sage_edge.export.checkpoint import open_model  # noqa: E402
+from sage_edge.export.model_folder import save_model_folder  # noqa: E402
+from tests.conformance import test_runner as suite  # noqa: E402
+from tests.conftest import TINY, tiny_hrm  # noqa: E402
 
 ON_CPU = not torch.cuda.is_available()
+# The whole suite of the runner contract, here with `make` below; in this file so that one process compiles the engine.
+globals().update(suite.contract())
+
+
+@pytest.fixture(scope="module")
+def smallest_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HRM of one layer a module and one cycle, for what takes long to compile."""
+    config = replace(TINY, L_layers=1, H_cycles=1, L_cycles=1)
+    model = tiny_hrm(config)
+    folder = tmp_path_factory.mktemp("smallest") / "model"
+    save_model_folder(folder, model.state_dict(), name="smallest", config=config, source="seeded, untrained")
+    recipe, opened = open_model(folder)
+    export_bundle(opened, recipe, folder.parent / "bundle")
+    return folder.parent / "bundle"
+
+
+@pytest.fixture(scope="module")
+def torch_engine(smallest_bundle: Path) -> Path:
+    """The smallest bundle's engine of the target torch, compiled by AOTInductor for whatever device is here."""
+    # The same code with less of the C++ compiler's time: no probes of the CPU's vectors, glue code not optimized, and no
+    # header compiled beforehand for the one unit that would use it.
+    quick = {"cpp.vec_isa_ok": True, "aot_inductor.compile_wrapper_opt_level": "O0",
+             "aot_inductor.precompile_headers": False}  # fmt: skip
+    try:
+        with torch._inductor.config.patch(quick):
+            return build_accelerated(smallest_bundle, choose_recipe("torch", "fp32").with_slots(4)).path
+    except MissingDependencyError as error:  # no C++ compiler
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def make(torch_engine: Path) -> Callable[[], Runner]:
+    """What the suite of the runner contract runs on."""
+    return lambda: open_engine(torch_engine)
 
 
 def test_a_torch_engine_agrees_with_its_bundle_and_names_its_device(torch_engine: Path, smallest_bundle: Path) -> None:

@@ -28,8 +28,7 @@ from sage_edge.errors import MissingDependencyError  # noqa: E402
 from tests.conformance import test_runner as suite  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-for name in [name for name in vars(suite) if name.startswith("test_") or name == "runner"]:
-    globals()[name] = getattr(suite, name)
+globals().update(suite.contract())
 TARGETS = ("desktop", "torch", "ort-cuda", "torch-tensorrt")
 
 
