@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.compare                            the paper's size (27 M parameters) on the CUDA device here
     python -m benchmarks.gpu.compare --check                    only say whether there is a GPU to measure (exit code 2: no)
-    python -m benchmarks.gpu.compare --device cpu --case tiny   the same code on a CPU, to see that it runs
+    python -m benchmarks.gpu.compare --case sudoku9 --device cpu    the same code on a CPU, to see that it runs
 
 Engines that are not installed here are left out, with the reason in the report.
 """
@@ -28,11 +28,12 @@ from sage_edge.bench.header import commit
 from sage_edge.bench.roofline import predict
 from sage_edge.bench.suite import Case
 from sage_edge.bench.timing import interleave
+from sage_edge.bundle import load_bundle
 from sage_edge.config import load_yaml
 from sage_edge.device import machine, version
 from sage_edge.engines.accelerated import build_accelerated, bundle_precision
 from sage_edge.engines.accelerator_cuda import CudaDevice
-from sage_edge.engines.build import BuildRecipe, build, open_engine
+from sage_edge.engines.build import BuildRecipe, build, open_bundle, open_engine
 from sage_edge.engines.gpu_recipe import choose_recipe
 from sage_edge.engines.graph_cost import graph_cost
 from sage_edge.engines.runner import Runner
@@ -40,12 +41,9 @@ from sage_edge.errors import MissingDependencyError, SageError
 from sage_edge.export.checkpoint import open_model
 from sage_edge.export.random_model import random_model_folder
 from sage_edge.files import write_atomic
-from sage_edge.models import bundle_of
-from sage_edge.specs import HRMConfig
+from sage_edge.models import bundle_of, locate, shipped
 
 CASES = Path(__file__).resolve().parents[1] / "cases"
-TINY = HRMConfig(vocab_size=7, seq_len=6, hidden_size=32, num_heads=2, H_layers=1, L_layers=1, H_cycles=1, L_cycles=1,
-                 halt_max_steps=2)  # fmt: skip
 TARGETS = ("desktop", "torch", "ort-cuda", "torch-tensorrt")
 
 
@@ -83,18 +81,23 @@ def engines(bundle: Path, slots: int, device: str, left_out: dict[str, str]) -> 
 
 
 def steps(
-    runners: dict[str, Runner], contestants: dict[str, Any], batch: int, seconds: float, left_out: dict[str, str]
+    bundle: Path,
+    runners: dict[str, Runner],
+    contestants: dict[str, Any],
+    batch: int,
+    seconds: float,
+    left_out: dict[str, str],
 ) -> dict[str, Any]:
     """Latency of one step at one batch size, everybody in turn; `left_out` gets those that fail, with the reason."""
     # All compiled contestants share one code object; past eight variants of it torch would quietly run eager.
     torch.compiler.reset()
     calls: dict[str, Callable[[], object]] = {}
-    first = next(iter(runners.values()))
-    observation = first.model.random_observation(batch)
+    with open_bundle(bundle, batch) as plain:
+        observation = plain.model.random_observation(batch)
+        start = plain.read(plain.encode(observation))
     for name, runner in runners.items():
         state = runner.encode(observation)
         calls[name] = lambda runner=runner, state=state: runner.refine(state)  # type: ignore[misc]
-    start = first.read(first.encode(observation))
     for name, peer in contestants.items():
         calls[name] = peer(start)
     for name in list(calls):
@@ -110,14 +113,17 @@ def measure(
     case: str, device: str, batches: list[int], seconds: float, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """The whole report. Raises what building raises for an engine that is there but fails."""
-    config = TINY if case == "tiny" else load_yaml(CASES / f"{case}.yaml", Case).random
-    assert config is not None
+    chosen = load_yaml(CASES / f"{case}.yaml", Case)
     left_out: dict[str, str] = {}
     with TemporaryDirectory(prefix="sage-edge-gpu-") as temporary:
-        folder = Path(temporary) / case
-        random_model_folder(folder, case, config)
+        if chosen.random:
+            folder = Path(temporary) / case
+            random_model_folder(folder, case, chosen.random)
+        else:
+            folder = shipped(chosen.engine) or Path(chosen.engine)
         progress("export")
-        bundle = bundle_of(folder)
+        bundle = bundle_of(locate(chosen.engine) if chosen.engine else folder)
+        most = load_bundle(bundle).model.max_steps
         model = open_model(folder)[1]
         progress("ceilings")
         ceilings = device_ceilings(device)
@@ -132,11 +138,9 @@ def measure(
                 del runners[name]
         for batch in batches:
             progress(f"batch {batch}")
-            latency = steps(runners, peers(model, device), batch, seconds, left_out)
+            latency = steps(bundle, runners, peers(model, device), batch, seconds, left_out)
             best = asdict(predict("refine", graph_cost(bundle / "refine.onnx", batch), ceilings))
-            answers = {
-                name: 1e3 * batch / (config.halt_max_steps * entry["mean_ms"]) for name, entry in latency.items()
-            }
+            answers = {name: 1e3 * batch / (most * entry["mean_ms"]) for name, entry in latency.items()}
             rows.append({"batch": batch, "latency": latency, "answers_per_s": answers, "roofline": best})
         described = {name: runner.describe() for name, runner in runners.items() if hasattr(runner, "describe")}
         for runner in runners.values():
@@ -156,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--check", action="store_true", help="measure nothing; exit code 2 without a GPU")
-    parser.add_argument("--case", default="hrm-27m", help="a case of benchmarks/cases with a random model, or tiny")
+    parser.add_argument("--case", default="hrm-27m", help="a case of benchmarks/cases")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=2.0, help="for each contestant at each batch size")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-CASE-NAME-COMMIT.json")
