@@ -44,8 +44,9 @@ def test_a_target_that_has_no_recipe_for_a_bundle_says_what_there_is(target: str
         choose_recipe(target, precision)
 
 
-def test_torch_and_onnx_runtime_take_bundles_of_any_precision() -> None:
-    assert choose_recipe("torch", "fp16").precision == "fp16"
+def test_the_recipe_follows_target_and_precision() -> None:
+    assert choose_recipe("orin-nano", "int8").precision == "int8"
+    assert choose_recipe("torch", "fp16").precision == "fp16"  # one recipe for bundles of any precision
     assert choose_recipe("desktop", "fp16").tensorrt.optimization_level == 4
 
 
