@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 MODEL = "model.yaml"
 WEIGHTS = "weights.safetensors"
-WHITE = 255.0  # grey levels of full scale; the model sees pixels / WHITE
+WHITE = 255.0  # grey levels of full scale
+QUALITY_UNITS = 10.0  # of the signals q_halt and q_continue in a dB: halting thresholds are finest about one such unit
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """Sizes of one model. tile: pixels of a side of the square that the engine restores at a time. fine, middle, coarse:
-    channels of the latent at 1/2, 1/4 and 1/8 of the image's resolution. Raises ValueError, naming the field, for what is
-    no model."""
+    channels of the latent at 1/2, 1/4 and 1/8 of the image's resolution; pooled: width of the judging head. Raises
+    ValueError, naming the field, for what is no model."""
 
-    tile: int = 128
+    tile: int = 64
     fine: int = 32
     middle: int = 64
-    coarse: int = 96
+    coarse: int = 128
     pooled: int = 32
     max_steps: int = 6
 
@@ -32,7 +33,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """The content of model.yaml: the model and its weights."""
+    """The content of model.yaml: the model, its weights, and how they came about."""
 
     name: str
     config: VisionConfig

@@ -196,7 +196,7 @@ class Trainer:
         save_model(args.run / "model", self.averaged(), source)
         last = self.config.max_steps
         labels = {f"val_{k}": f"{k} steps" for k in (1, last // 2, last)}
-        plot(args.run / "log.csv", args.run / "learning-curve.png", labels, "loss", "PSNR of Set12, sigma 25 (dB)")
+        plot(args.run / "log.csv", args.run / "learning-curve.png", labels, "loss", "PSNR of Set12, dB")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -215,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shallow", type=int, default=3, help="refinement steps at first")
     made.add_argument("--shallow-until", type=int, default=1000, help="optimiser steps with that few")
     made.add_argument("--first-weight", type=float, default=0.3, help="weight of the first step's loss beside the last's 1")
-    made.add_argument("--tile", type=int, default=144)
+    made.add_argument("--tile", type=int, default=64)
     made.add_argument("--fine", type=int, default=32)
     made.add_argument("--middle", type=int, default=64)
     made.add_argument("--coarse", type=int, default=128)
