@@ -75,8 +75,10 @@ def noisy_examples(images: Iterable[Bytes], seed: int) -> Examples:
     """Each image with noise of its own level, drawn evenly from 0 to MAX_SIGMA (group `sigma`)."""
     rng = np.random.default_rng(seed)
     clean = list(images)
-    sigmas = [float(MAX_SIGMA * rng.random()) for _ in clean]
-    noisy = [with_noise(image, sigma, rng) for image, sigma in zip(clean, sigmas, strict=True)]
+    sigmas, noisy = [], []
+    for image in clean:
+        sigmas.append(float(MAX_SIGMA * rng.random()))
+        noisy.append(with_noise(image, sigmas[-1], rng))
     return Examples([{"image": image} for image in noisy], clean, {"sigma": sigmas})
 
 
@@ -95,6 +97,4 @@ def scene_examples(source: str, count: int, size: int) -> Examples:
     if source not in SEEDS:
         raise InputError(f"vision: examples {source!r}: expected {' or '.join(SEEDS)}")
     rng = np.random.default_rng(SEEDS[source])
-    clean = [scene(size, rng) for _ in range(count)]
-    found = noisy_examples(clean, 100 + SEEDS[source])
-    return found
+    return noisy_examples([scene(size, rng) for _ in range(count)], 100 + SEEDS[source])

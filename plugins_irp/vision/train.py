@@ -214,7 +214,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights")
     made.add_argument("--shallow", type=int, default=3, help="refinement steps at first")
     made.add_argument("--shallow-until", type=int, default=1000, help="optimiser steps with that few")
-    made.add_argument("--first-weight", type=float, default=0.3, help="weight of the first step's loss beside the last's 1")
+    made.add_argument(
+        "--first-weight", type=float, default=0.3, help="weight of the first step's loss beside the last's 1"
+    )
     made.add_argument("--tile", type=int, default=64)
     made.add_argument("--fine", type=int, default=32)
     made.add_argument("--middle", type=int, default=64)
