@@ -27,8 +27,9 @@ def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices, and for filters [out, in, h, w] as matrices [out, in h w]. The update has the root mean square of an AdamW update (0.2), so the learning rate may be shared
-    (arXiv 2502.16982, section 2.2); Nesterov momentum, decoupled weight decay."""
+    """For matrices, and filters [out, in, h, w] as matrices [out, in h w]. The update has the root mean square of an AdamW
+    update (0.2), so the learning rate may be shared (arXiv 2502.16982, section 2.2); Nesterov momentum, decoupled weight decay.
+    """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})

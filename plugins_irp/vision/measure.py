@@ -10,6 +10,7 @@ with the certificate that synthetic scenes give, which is the one that a machine
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -114,7 +115,7 @@ def judged(recorded: Recorded, policy: str) -> list[dict[str, Any]]:
     sigma, full = recorded.groups["sigma"], recorded.quality[:, -1]
     halted = recorded.quality[np.arange(len(full)), taken - 1]
     oracle = (recorded.quality >= full[:, None] - 0.01).argmax(1) + 1
-    parts = [("all", 0.0, MAX_SIGMA + 1), *((f"{a}-{b}", a, b) for a, b in zip(PARTS, PARTS[1:], strict=False))]
+    parts = [("all", 0.0, MAX_SIGMA + 1), *((f"{a}-{b}", a, b) for a, b in itertools.pairwise(PARTS))]
     rows = []
     for name, low, high in parts:
         at = np.flatnonzero((sigma >= low) & (sigma < high))
@@ -198,7 +199,8 @@ def show(console: Console, found: dict[str, Any]) -> None:
         table(f"Set12 crops, certified on {name}: {chosen['policy']} (bound {chosen['bound']:.4f} dB, {chosen['items']} items)",
               ("sigma", "examples", "first step", "full", "halted", "lost", "steps", "saved", "oracle's steps"),
               [(r["sigma"], str(r["examples"]), *(f"{r[k]:.2f}" for k in ("first", "full", "halted")), f"{r['lost']:.3f}",
-                f"{r['steps']:.2f}", f"{r['saved']:.0%}", f"{r['oracle_steps']:.2f}") for r in found["halting"][name]])  # fmt: skip
+                f"{r['steps']:.2f}", f"{r['saved']:.0%}", f"{r['oracle_steps']:.2f}")
+               for r in found["halting"][name]])  # fmt: skip
     if found.get("opencv"):
         table("8-bit Set12, one thread: certified halting beside OpenCV's fastNlMeansDenoising",
               ("sigma", "ours, dB", "OpenCV, dB", "ours, ms", "OpenCV, ms"),
@@ -206,7 +208,8 @@ def show(console: Console, found: dict[str, Any]) -> None:
                 f"{1e3 * r['theirs_s']:.0f}") for r in found["opencv"]])  # fmt: skip
     if found["colour"]:
         table("colour, two photographs, PSNR in dB", ("sigma", "noisy", "opponent channels", "R, G, B one by one"),
-              [(f"{r['sigma']:g}", *(f"{r[k]:.2f}" for k in ("noisy", "opponent", "separate"))) for r in found["colour"]])  # fmt: skip
+              [(f"{r['sigma']:g}", *(f"{r[k]:.2f}" for k in ("noisy", "opponent", "separate")))
+               for r in found["colour"]])  # fmt: skip
 
 
 def main() -> None:

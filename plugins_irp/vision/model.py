@@ -68,8 +68,9 @@ class Up(nn.Module):
 class VisionModel(nn.Module):
     """noisy float32 [slots, 1, h, w] in grey levels (0..255 and what noise adds), h and w multiples of 8.
 
-    parts float32 [slots, 4, h/2, w/2]: the image less its mean, in UNIT grey levels, unshuffled; fine, middle, coarse float32
-    [slots, c, ...] at 1/2, 1/4, 1/8 of the resolution; noise float32 [slots, 4, h/2, w/2]: the noise estimated so far, like parts.
+    parts float32 [slots, 4, h/2, w/2]: the image less its mean, in UNIT grey levels, unshuffled; fine, middle,
+    coarse float32 [slots, c, ...] at 1/2, 1/4, 1/8 of the resolution; noise float32 [slots, 4, h/2, w/2]: the noise estimated
+    so far, like parts.
     """
 
     def __init__(self, config: VisionConfig) -> None:

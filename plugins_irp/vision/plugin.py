@@ -54,7 +54,7 @@ class Vision(EnginePlugin):
 
     def __init__(
         self, spec: PluginSpec, engine: str = "bundle", threads: int | None = None, overlap: int = 12,
-        rest: float = 0.01,
+        rest: float = 0.005,
     ) -> None:  # fmt: skip
         super().__init__(spec, str(FOLDER / engine) if (FOLDER / engine).is_dir() else engine, threads)
         self.file = load_yaml(FOLDER / MODEL, ModelFile)
@@ -82,16 +82,19 @@ class Vision(EnginePlugin):
 
     def rests(self, seat: Seat) -> bool:
         """Whether this tile is done, by the model's own guess of what further steps would gain (never before its first)."""
-        signal, values = self.runner.model.signal, seat.signals
-        gain = float(values[signal("q_continue")] - values[signal("q_halt")]) / QUALITY_UNITS
-        return gain < self.rest  # False for NaN, which signals are before the first step
+        return bool(self._done(seat.signals[None])[0])
+
+    def _done(self, signals: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+        """bool [slots]; False for NaN, which signals are before the first step."""
+        now, later = (signals[:, self.runner.model.signal(name)] for name in ("q_halt", "q_continue"))
+        return np.asarray((later - now) / QUALITY_UNITS < self.rest, bool)
 
     def energy_of(self, signals: npt.NDArray[np.float32]) -> float:
-        """The error thought to be left plus the change of the estimate in the last step, both root mean squares over all
-        tiles in grey levels."""
-        model = self.runner.model
-        parts = [signals[:, model.signal(name)].astype(np.float64) for name in ("error", "change")]
-        return float(sum(np.sqrt(np.mean(part**2)) for part in parts))
+        """The error thought to be left plus the change of the estimate in the last step (0 where it rests), both root
+        mean squares over all tiles in grey levels."""
+        error, change = (signals[:, self.runner.model.signal(name)].astype(np.float64) for name in ("error", "change"))
+        change[self._done(signals)] = 0.0
+        return float(np.sqrt(np.mean(error**2)) + np.sqrt(np.mean(change**2)))
 
     def result(self, state: EngineState) -> Result:
         error = np.stack([seat.signals for seat in state.seats])[:, self.runner.model.signal("error")]
