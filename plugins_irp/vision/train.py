@@ -42,6 +42,7 @@ from .model import FOLD, UNIT, VisionModel
 STATE, HOLD = "state.pt", "hold.pt"
 WARM_UP = 50
 CHECK_SIGMA = 25.0
+CAP = 20.0
 USUAL = 1.1  # squared error that a denoiser leaves grows about as sigma ** USUAL (from the PSNR published for DnCNN)
 
 
@@ -129,7 +130,9 @@ class Trainer:
             errors.append((state[-1] - truth).square().mean((1, 2, 3)))
             guesses.append(model.judged(*(s.detach() for s in state), before))
         weights = torch.linspace(args.first_weight, 1.0, steps, device=self.device)
-        table = torch.stack([(e / usual).mean() for e in errors])
+        # Beyond CAP times the usual the loss grows with the logarithm: one patch on which the recurrence runs away must not
+        # decide the batch.
+        table = torch.stack([(CAP * torch.log1p(e / usual / CAP)).mean() for e in errors])
         left = 0.5 * torch.log(torch.stack(errors).detach() + 1e-8)
         guess = torch.stack(guesses)
         judge = F.smooth_l1_loss(guess[..., 0], left, beta=0.1) + 4 * F.smooth_l1_loss(
