@@ -12,7 +12,7 @@ bench: $(VENV)/.installed
 	$(BIN)/sage-edge bench
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

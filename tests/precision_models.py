@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sage_edge.export.hrm import HRM
 
 ITEMS = 960
-MARGIN = 0.25
+MARGIN = 0.6
 SPIKE = 300.0  # one channel this much larger than the others: INT8 has 127 codes for all of them
 HUGE = 1e6  # beyond float16
 

@@ -147,14 +147,19 @@ def _top_table(found: list[dict[str, Any]]) -> Any:
     from sage_edge.mailbox.monitor import owners
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(("port", "sent/s", "received/s", "dropped/s", "stale/s", "lost/s", "ready/depth", "p50 µs",
-                                  "p99 µs", "open in (→ sends, ← receives)")):  # fmt: skip
-        table.add_column(name, justify="left" if index in (0, 9) else "right", no_wrap=index != 9)
+    columns = ("port", "sent/s", "got/s", "gone/s", "ready", "p50 µs", "p99 µs", "open in (→ sends, ← receives)")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index in (0, 7) else "right", no_wrap=index != 7,
+                         overflow="fold")  # fmt: skip
     for row in found:
-        rates = row["rates_per_s"] or {}
-        cells = [
-            f"{rates[key]:.0f}" if key in rates else "–" for key in ("sent", "received", "dropped", "stale", "lost")
-        ]
+        rates = row["rates_per_s"]
+        cells = ["–"] * 3
+        if rates is not None:
+            # Sent, but never to be received: dropped by policy, too old, or overwritten before a reader came.
+            cells = [
+                f"{n:.0f}"
+                for n in (rates["sent"], rates["received"], sum(rates[k] for k in ("dropped", "stale", "lost")))
+            ]
         depth = f"{row['ready']}/{row['depth']}" if row["kind"] == "focus" else "–"
         latency = ["–" if value is None else f"{value:.1f}" for value in row["latency_us"].values()]
         table.add_row(f"{row['namespace']}/{row['port']}", *cells, depth, *latency, owners(row))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ SPEC = PortSpec("focus", 2, dtype="uint8", shape=(4096,), policy="refuse")
 BLOCK = PortSpec("focus", 2, dtype="uint8", shape=(4096,))
 RING = PortSpec("broadcast", 4, fields={"number": "u4"}, producers=1)
 TABLE = PortTable({"p": SPEC, "b": BLOCK, "r": RING})
+REPOSITORY = Path(__file__).parents[2]
 WITHIN_S = 0.1  # the promise: within 100 ms of the next operation
 
 
@@ -200,6 +203,42 @@ def test_all_64_handles_of_the_dead_come_back(mailbox: Mailbox) -> None:
         other.kill()
     with mailbox.focus("p") as port:
         assert len(port.stats().owners) == 1
+
+
+FIRST_THREAD_ENDS = """
+import ctypes, os, threading, time
+from pathlib import Path
+from tests.unit.test_mailbox_crash import TABLE, Mailbox
+
+port = Mailbox("crash", TABLE).focus("p")
+loans = [port.loan(), port.loan()]
+
+def rest():
+    while Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.001)
+    os.write(1, b"!")
+    os.read(0, 1)
+
+threading.Thread(target=rest).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_process_whose_first_thread_has_ended_lives(mailbox: Mailbox) -> None:
+    """/proc shows state Z for it; its other threads may well write."""
+    command = [sys.executable, "-c", FIRST_THREAD_ENDS]
+    with mailbox.focus("p") as port, subprocess.Popen(command, stdin=-1, stdout=-1, cwd=REPOSITORY) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.read(1) == b"!"
+            time.sleep(0.06)
+            with pytest.raises(FullError):
+                port.loan()
+        finally:
+            other.kill()
+        other.wait(20)
+        time.sleep(WITHIN_S)
+        port.loan().cancel()
 
 
 def test_a_killed_rm_is_finished_by_the_next_opening(mailbox: Mailbox) -> None:

@@ -103,7 +103,7 @@ def test_a_wheel_brings_the_model_and_benches_in_an_empty_folder(tmp_path: Path)
     (wheel,) = tmp_path.glob("sage_edge-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.startswith("tests")]
-        assert "sage_edge/recipes/orin-nano-fp16.yaml" in archive.namelist()
+        assert "sage_edge/recipes/engines/orin-nano-fp16.yaml" in archive.namelist()
         archive.extractall(tmp_path / "site")
     empty = tmp_path / "empty"
     empty.mkdir()
