@@ -29,7 +29,6 @@ from sage_edge.device import machine
 from sage_edge.errors import InputError, SageError
 from sage_edge.files import write_atomic
 from sage_edge.irp.measure import Recorded, calibrated, record_traces
-from sage_edge.irp.plugin import Examples
 from sage_edge.irp.spec import load_spec
 from sage_edge.irp.traces import steps_taken
 
@@ -40,6 +39,7 @@ from .plugin import FOLDER, Vision
 # PSNR in dB on Set12 and BSD68 as published by the DnCNN paper (arXiv 1608.03981, tables 2 and 3), sigma 25.
 PUBLISHED = {"BM3D": (29.97, 28.57), "DnCNN-S": (30.44, 29.23), "DnCNN-B": (30.36, 29.16)}
 SIGMAS = (5.0, 15.0, 25.0, 35.0, 50.0)
+COMPARED = (15.0, 25.0, 50.0)  # what the literature reports
 DRAWS = 4  # noise levels for each calibration crop
 PARTS = (0, 11, 22, 33, 44, 55)  # steps are shown by noise level, between these
 STRENGTHS = (0.5, 0.65, 0.8, 0.95)  # of non-local means, in proportion to the noise level
@@ -99,7 +99,7 @@ def beside_opencv(
 
 
 def _bytes(image: npt.NDArray[np.float32]) -> Bytes:
-    return image.clip(0, 255).round().astype(np.uint8)
+    return np.asarray(image.clip(0, 255).round(), np.uint8)
 
 
 def record(plugin: Vision, images: Sequence[Bytes], seed: int, draws: int = 1) -> Recorded:
@@ -149,17 +149,16 @@ def colour(plugin: Vision, policy: str, sigmas: Sequence[float]) -> list[dict[st
     return rows
 
 
-def scenes_of(plugin: Vision, source: str, count: int) -> Examples:
-    return plugin.examples(source, count)
-
-
-def measure(plugin: Vision, folder: Path, sigmas: Sequence[float], final: Path | None, peers: bool) -> dict[str, Any]:
+def measure(
+    plugin: Vision, folder: Path, sigmas: Sequence[float], final: Path | None, peers: bool, limit: int | None = None
+) -> dict[str, Any]:
     """Everything; the plugin is active."""
     sets, spec = load_sets(folder), plugin.spec.bench
     assert spec is not None
-    held = record(plugin, list(sets.held), 11, DRAWS)
+    count = min(spec.calibration_examples, limit or spec.calibration_examples)
+    held = record(plugin, list(sets.held), 11, max(1, DRAWS * count // spec.calibration_examples))
     photographs = calibrated(plugin, held)
-    scenes = calibrated(plugin, record_traces(plugin, scenes_of(plugin, spec.calibration, spec.calibration_examples)))
+    scenes = calibrated(plugin, record_traces(plugin, plugin.examples(spec.calibration, count)))
     test = record(plugin, sets.chosen, 12)
     policy = photographs.chosen.policy
     found = {
@@ -168,14 +167,14 @@ def measure(plugin: Vision, folder: Path, sigmas: Sequence[float], final: Path |
         "published": PUBLISHED,
         "certified": {"photographs": asdict(photographs.chosen), "scenes": asdict(scenes.chosen)},
         "halting": {"photographs": judged(test, policy), "scenes": judged(test, scenes.chosen.policy)},
-        "set12": quality(plugin, sets.chosen, policy, [s for s in sigmas if s in (15.0, 25.0, 50.0)]),
+        "set12": quality(plugin, sets.chosen, policy, [s for s in sigmas if s in COMPARED]),
         "colour": colour(plugin, policy, [25.0]),
     }  # fmt: skip
     if peers:
         found["opencv"] = beside_opencv(plugin, sets.chosen, policy, sigmas)
     if final:
         images = [array.astype(np.uint8) for array in read_npz(final).values()]
-        found["final"] = quality(plugin, images, policy, [15.0, 25.0, 50.0])
+        found["final"] = quality(plugin, images, policy, COMPARED)
     return found
 
 
@@ -220,13 +219,16 @@ def main() -> None:
     parser.add_argument("--final", type=Path, metavar="NPZ", help="images uint8 [h, w] of another set, e.g. BSD68")
     parser.add_argument("--no-peers", action="store_true", help="without OpenCV")
     parser.add_argument("--pictures", type=Path, help="write pictures and energy curves to this folder")
+    parser.add_argument("--limit", type=int, help="only this many calibration items, for a quick look")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()
     try:
         spec = load_spec(FOLDER)
         with Vision(spec, threads=arguments.threads, **spec.options) as plugin:
-            found = measure(plugin, arguments.data, arguments.sigmas, arguments.final, not arguments.no_peers)
+            found = measure(
+                plugin, arguments.data, arguments.sigmas, arguments.final, not arguments.no_peers, arguments.limit
+            )
             if arguments.pictures:
                 from .pictures import draw
 

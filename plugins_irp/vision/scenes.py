@@ -22,7 +22,7 @@ def scene(size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     free = np.ones((size, size), bool)
     for _ in range(size * size // AREA):  # from front to back: a shape shows where none before it does
         _place(image, free, rng)
-    return _softened(image, rng.uniform(0.0, 0.5)).clip(0, 255).round().astype(np.uint8)
+    return np.asarray(_softened(image, rng.uniform(0.0, 0.5)).clip(0, 255).round(), np.uint8)
 
 
 def _place(image: Floats, free: npt.NDArray[np.bool_], rng: np.random.Generator) -> None:
@@ -52,7 +52,7 @@ def _texture(along: Floats, across: Floats, radius: float, rng: np.random.Genera
     if kind == 0:
         return np.zeros_like(along)
     if kind == 1:
-        return (rng.uniform(-40, 40) * along / max(radius, 1.0)).clip(-60, 60)
+        return np.asarray((rng.uniform(-40, 40) * along / max(radius, 1.0)).clip(-60, 60), np.float32)
     wave = np.sin(along * (2 * np.pi / rng.uniform(3, 12)) + rng.uniform(0, 6))
     return np.asarray(rng.uniform(5, 35) * wave * (1 + 0.5 * np.sin(across / rng.uniform(2, 9))), np.float32)
 
@@ -61,4 +61,4 @@ def _softened(image: Floats, weight: float) -> Floats:
     """Edges as a lens makes them: each pixel shares `weight` with its four neighbours."""
     wide = np.pad(image, 1, mode="edge")
     near = (wide[:-2, 1:-1] + wide[2:, 1:-1] + wide[1:-1, :-2] + wide[1:-1, 2:]) / 4
-    return (1 - weight) * image + weight * near
+    return np.asarray((1 - weight) * image + weight * near, np.float32)

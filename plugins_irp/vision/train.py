@@ -61,7 +61,7 @@ class Stream:
         for row in range(self.batch):
             image = self.images[rng.integers(count)]
             top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
-            piece = np.rot90(image[top : top + size, left : left + size], rng.integers(4))
+            piece = np.rot90(image[top : top + size, left : left + size], int(rng.integers(4)))
             clean[row, 0] = piece[:, ::-1] if rng.random() < 0.5 else piece
         sigma = (MAX_SIGMA * rng.random(self.batch)).astype(np.float32)
         noise = rng.standard_normal(clean.shape, dtype=np.float32) * sigma[:, None, None, None]
@@ -104,7 +104,8 @@ class Trainer:
         self.device = torch.device(args.device)
         self.sets = load_sets(args.data)
         self.config = VisionConfig(args.tile, args.fine, args.middle, args.coarse, max_steps=args.max_steps)
-        self.model = VisionModel(self.config).to(self.device, memory_format=torch.channels_last)
+        self.model = VisionModel(self.config).to(self.device)
+        self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.stream = Stream(self.sets.train, args.batch, args.patch, args.seed)
         named = list(self.model.named_parameters())
         inner = [p for n, p in named if ".conv" in n or "core_" in n or "mix" in n]
@@ -128,7 +129,8 @@ class Trainer:
             before = state[-1].detach()
             state = list(model.step(parts, *state))
             errors.append((state[-1] - truth).square().mean((1, 2, 3)))
-            guesses.append(model.judged(*(s.detach() for s in state), before))
+            fine, middle, coarse, noise = (s.detach() for s in state)
+            guesses.append(model.judged(fine, middle, coarse, noise, before))
         weights = torch.linspace(args.first_weight, 1.0, steps, device=self.device)
         # Beyond CAP times the usual the loss grows with the logarithm: one patch on which the recurrence runs away must not
         # decide the batch.
@@ -138,7 +140,8 @@ class Trainer:
         judge = F.smooth_l1_loss(guess[..., 0], left, beta=0.1) + 4 * F.smooth_l1_loss(
             guess[..., 1], left - left[-1:], beta=0.02
         )
-        ((table * weights).sum() / weights.sum() + judge).backward()
+        loss: Tensor = (table * weights).sum() / weights.sum() + judge
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -152,7 +155,8 @@ class Trainer:
 
     def falling(self) -> float:
         """Share of the learning rate that is left: 1 until the fall begins."""
-        return min(1.0, max(0.02, (self.args.steps - self.step) / max(1.0, self.args.decay * self.args.steps)))
+        left = (self.args.steps - self.step) / max(1.0, self.args.decay * self.args.steps)
+        return float(min(1.0, max(0.02, left)))
 
     def learning_rate(self) -> float:
         return float(self.args.lr * min(1.0, (self.step + 1) / WARM_UP) * self.falling())
@@ -160,7 +164,7 @@ class Trainer:
     @torch.no_grad()
     def averaged(self) -> VisionModel:
         """The model with averaged weights."""
-        model = copy.deepcopy(self.model)
+        model: VisionModel = copy.deepcopy(self.model)
         model.load_state_dict(self.ema.shadow)
         return model.eval()
 

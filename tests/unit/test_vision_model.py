@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_the_model_scales_with_contrast_and_ignores_brightness() -> None:
     model = VisionModel(SMALL).eval()
     image = 255 * torch.rand(2, 1, 32, 32)
 
-    def found(noisy: torch.Tensor) -> torch.Tensor:
+    def found(noisy: Any) -> Any:
         parts, *state = model.encode(noisy)
         for _ in range(3):
             state = list(model.step(parts, *state))
