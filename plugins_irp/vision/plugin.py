@@ -97,8 +97,11 @@ class Vision(EnginePlugin):
         return float(np.sqrt(np.mean(error**2)) + np.sqrt(np.mean(change**2)))
 
     def result(self, state: EngineState) -> Result:
-        error = np.stack([seat.signals for seat in state.seats])[:, self.runner.model.signal("error")]
-        return {**super().result(state), "error": float(np.sqrt(np.mean(error.astype(np.float64) ** 2)))}
+        """With `error`, and `sigma` of it: what was taken off and what is left are uncorrelated for a good estimate."""
+        found = super().result(state)
+        signals = np.stack([seat.signals for seat in state.seats]).astype(np.float64)
+        error = float(np.sqrt(np.mean(signals[:, self.runner.model.signal("error")] ** 2)))
+        return {**found, "sigma": float(np.hypot(found["sigma"], error)), "error": error}
 
     def finish(self, outputs: dict[str, Array], note: Note) -> Result:
         planes, tiling = note.planes, self.tiling(note.planes)
