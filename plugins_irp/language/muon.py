@@ -27,8 +27,9 @@ def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices only. The update has the root mean square of an AdamW update (0.2), so the learning rate may be shared
-    (arXiv 2502.16982, section 2.2); Nesterov momentum, decoupled weight decay."""
+    """For matrices, and filters [out, in, h, w] as matrices [out, in h w]. The update has the root mean square of an AdamW
+    update (0.2), so the learning rate may be shared (arXiv 2502.16982, section 2.2); Nesterov momentum, decoupled weight decay.
+    """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -41,6 +42,6 @@ class Muon(torch.optim.Optimizer):
                     continue
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(buffer, group["momentum"]))
+                update = orthogonal(p.grad.lerp(buffer, group["momentum"]).flatten(1))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                p.add_(update.view(p.shape), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)

@@ -28,6 +28,7 @@ TYPES: dict[int, tuple[str, int]] = {
 # Values pass through these unchanged but for type or form; engines fold them into what reads them.
 PASSING = ("DequantizeLinear", "QuantizeLinear", "Cast", "Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze",
            "Expand", "Shape", "Constant", "ConstantOfShape")  # fmt: skip
+PRODUCTS = ("MatMul", "Gemm", "Conv")
 SMALL = 4096  # constants up to this many bytes may say shapes and stay in the copy that shape inference sees
 
 
@@ -60,7 +61,7 @@ class NodeCost:
 
     @property
     def is_product(self) -> bool:
-        return self.op in ("MatMul", "Gemm")
+        return self.op in PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,13 @@ def _cost(node: NodeProto, values: dict[str, Value], constants: dict[str, int], 
         left = values[node.input[0]].shape
         inner = left[0] if node.op_type == "Gemm" and attribute(node, "transA", 0) else left[-1]
         flops = 2 * inner * elements
+    elif is_standard(node, "Conv"):  # weight [out, in / groups, h, w]: an output value sums over one filter
+        flops = 2 * math.prod(values[node.input[1]].shape[1:]) * elements
     read = [name for name in node.input if name]
     weights = tuple({origin[n]: constants[origin[n]] for n in read if origin.get(n)}.items())
     computed = [n for n in dict.fromkeys(read) if n not in origin and n in values]
     written = [n for n in node.output if n]
-    if not is_standard(node, "MatMul", "Gemm") and computed:
+    if not is_standard(node, *PRODUCTS) and computed:
         main = max(computed, key=lambda n: values[n].nbytes)
         place.update((name, place.get(main, main)) for name in written)
         computed, written = [n for n in computed if n != main], []

@@ -75,6 +75,12 @@ ALLOWED_OPS = frozenset(
         "Where",
         "Pad",
         "Tanh",
+        # of convolutional models
+        "Abs",
+        "Conv",
+        "DepthToSpace",
+        "Relu",
+        "SpaceToDepth",
     ]
 )
 
@@ -231,7 +237,7 @@ def refuse_unportable(model: onnx.ModelProto, name: str) -> None:
 
 
 def matmul_gflop(graph_file: Path) -> float:
-    """GFLOP of all MatMul and Gemm nodes of an exported graph for one slot; elementwise work is not counted."""
+    """GFLOP of all MatMul, Gemm and Conv nodes of an exported graph for one slot; elementwise work is not counted."""
     model = onnx.load(str(graph_file), load_external_data=False)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].ClearField("dim_param")
@@ -246,4 +252,6 @@ def matmul_gflop(graph_file: Path) -> float:
         if node.op_type in ("MatMul", "Gemm"):
             inner = shapes[node.input[0]][-1]
             total += 2 * inner * int(np.prod(shapes[node.output[0]]))
+        elif node.op_type == "Conv":  # weight [out, in / groups, h, w]: each output value is a sum over one filter
+            total += 2 * int(np.prod(shapes[node.input[1]][1:])) * int(np.prod(shapes[node.output[0]]))
     return total / 1e9

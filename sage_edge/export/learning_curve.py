@@ -16,8 +16,8 @@ def keep_until(log: Path, step: int) -> None:
     os.replace(temporary, log)
 
 
-def plot(log: Path, image: Path, accuracy: Mapping[str, str], loss: str) -> None:
-    """Learning curve of a log.csv: validation accuracies (column -> label) above, one loss column below, against step.
+def plot(log: Path, image: Path, quality: Mapping[str, str], loss: str, title: str = "accuracy") -> None:
+    """Learning curve of a log.csv: what validation found (column -> label) above, one loss column below, against step.
 
     Needs matplotlib (the `train` extra).
     """
@@ -34,9 +34,9 @@ def plot(log: Path, image: Path, accuracy: Mapping[str, str], loss: str) -> None
         return [step for step, _ in known], [value for _, value in known]
 
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6))
-    for name, label in accuracy.items():
+    for name, label in quality.items():
         above.plot(*column(name), marker="o", markersize=3, label=label)
-    above.set_ylabel("accuracy, validation")
+    above.set_ylabel(f"{title}, validation")
     above.legend()
     below.plot(*column(loss), linewidth=0.8)
     below.set_ylabel(f"{loss.replace('_', ' ')}, training")

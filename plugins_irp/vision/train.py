@@ -1,0 +1,298 @@
+"""Train the vision plugin's model on the 400 grey images of the denoising literature.
+
+    python -m plugins_irp.vision.train --data DATA --run RUN                     # resumes from RUN when it holds a state
+    python -m plugins_irp.vision.train --data DATA --run RUN --export state.pt   # model/ from any checkpoint, no training
+
+An optimiser step takes a batch of random patches, turned and mirrored, each with Gaussian noise of its own level, and lets
+the model refine them with gradients through all steps, with a loss after each (deep supervision), the later the heavier:
+squared error over what is usual at that noise level, so that no level rules. Two numbers are learned beside it without
+influence on the rest: how much error is left, and how much of it the remaining steps will take away.
+
+The learning rate warms up, holds, and falls over the last `--decay` of `--steps`. RUN/hold.pt is the state where the fall
+began: to train longer, copy it over state.pt and give more `--steps`. RUN gets state.pt, log.csv (`val_k`: PSNR of Set12 at
+sigma 25 after k steps, by averaged weights; `seconds`: CPU seconds on a CPU) and, at the end, model/ and learning-curve.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from plugins_irp.language.muon import Muon
+from sage_edge.errors import InputError, SageError
+from sage_edge.export.learning_curve import keep_until, plot
+
+from .data import MAX_SIGMA, Sets, load_sets, psnr
+from .facts import WHITE, VisionConfig
+from .graphs import save_model
+from .model import FOLD, UNIT, VisionModel
+
+STATE, HOLD = "state.pt", "hold.pt"
+WARM_UP = 50
+CHECK_SIGMA = 25.0
+CAP = 20.0
+USUAL = 1.1  # squared error that a denoiser leaves grows about as sigma ** USUAL (from the PSNR published for DnCNN)
+
+
+class Stream:
+    """Endless batches of random patches."""
+
+    def __init__(self, images: np.ndarray, batch: int, patch: int, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.images, self.batch, self.patch = images, batch, patch
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """clean and noisy float32 [batch, 1, patch, patch] and sigma float32 [batch], in grey levels."""
+        rng, size = self.rng, self.patch
+        clean = np.empty((self.batch, 1, size, size), np.float32)
+        count, height, width = self.images.shape
+        for row in range(self.batch):
+            image = self.images[rng.integers(count)]
+            top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
+            piece = np.rot90(image[top : top + size, left : left + size], int(rng.integers(4)))
+            clean[row, 0] = piece[:, ::-1] if rng.random() < 0.5 else piece
+        sigma = (MAX_SIGMA * rng.random(self.batch)).astype(np.float32)
+        noise = rng.standard_normal(clean.shape, dtype=np.float32) * sigma[:, None, None, None]
+        return torch.from_numpy(clean), torch.from_numpy(clean + noise), torch.from_numpy(sigma)
+
+
+class Ema:
+    """Exponential moving average of all parameters."""
+
+    def __init__(self, model: VisionModel, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: VisionModel, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in model.named_parameters():
+            self.shadow[name].lerp_(p, 1 - decay)
+
+
+@torch.no_grad()
+def check(model: VisionModel, sets: Sets, device: torch.device, sigma: float = CHECK_SIGMA) -> list[float]:
+    """Mean PSNR (dB) of Set12 after each step, whole images."""
+    sums = np.zeros(model.config.max_steps)
+    for at, clean in enumerate(sets.chosen):
+        noise = np.random.default_rng(at).standard_normal(clean.shape, dtype=np.float32) * np.float32(sigma)
+        noisy = torch.from_numpy(clean + noise)[None, None].to(device)
+        parts, *state = model.encode(noisy.contiguous(memory_format=torch.channels_last))
+        for k in range(model.config.max_steps):
+            state = list(model.step(parts, *state))
+            restored = (noisy - model.decode(state[-1]))[0, 0].cpu().numpy()
+            sums[k] += psnr(restored.clip(0, WHITE).round(), clean)
+    return [float(s) / len(sets.chosen) for s in sums]
+
+
+class Trainer:
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        self.args = args
+        self.device = torch.device(args.device)
+        self.sets = load_sets(args.data)
+        self.config = VisionConfig(args.tile, args.fine, args.middle, args.coarse, max_steps=args.max_steps)
+        self.model = VisionModel(self.config).to(self.device)
+        self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.stream = Stream(self.sets.train, args.batch, args.patch, args.seed)
+        named = list(self.model.named_parameters())
+        inner = [p for n, p in named if ".conv" in n or "core_" in n or "mix" in n]
+        outer = [p for n, p in named if not (".conv" in n or "core_" in n or "mix" in n)]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(inner, lr=args.lr, weight_decay=args.weight_decay),
+            torch.optim.AdamW(outer, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
+        ]
+        self.ema = Ema(self.model, args.ema)
+        self.step, self.seconds = 0, 0.0
+
+    def train_step(self) -> dict[str, float]:
+        args, model = self.args, self.model
+        clean, noisy, sigma = (t.to(self.device) for t in self.stream.draw())
+        steps = args.shallow if self.step < args.shallow_until else self.config.max_steps
+        parts, *state = model.encode(noisy.contiguous(memory_format=torch.channels_last))
+        truth = F.pixel_unshuffle((noisy - clean) / UNIT, FOLD)
+        usual = (sigma + 2) ** USUAL / UNIT**2
+        errors, guesses = [], []
+        for _ in range(steps):
+            before = state[-1].detach()
+            state = list(model.step(parts, *state))
+            errors.append((state[-1] - truth).square().mean((1, 2, 3)))
+            fine, middle, coarse, noise = (s.detach() for s in state)
+            guesses.append(model.judged(fine, middle, coarse, noise, before))
+        weights = torch.linspace(args.first_weight, 1.0, steps, device=self.device)
+        # Beyond CAP times the usual the loss grows with the logarithm: one patch on which the recurrence runs away must not
+        # decide the batch.
+        table = torch.stack([(CAP * torch.log1p(e / usual / CAP)).mean() for e in errors])
+        left = 0.5 * torch.log(torch.stack(errors).detach() + 1e-8)
+        guess = torch.stack(guesses)
+        judge = F.smooth_l1_loss(guess[..., 0], left, beta=0.1) + 4 * F.smooth_l1_loss(
+            guess[..., 1], left - left[-1:], beta=0.02
+        )
+        loss: Tensor = (table * weights).sum() / weights.sum() + judge
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.ema.update(model, self.step)
+        return {"loss": float(table[-1].detach()), "first_loss": float(table[0].detach()),
+                "judge_loss": float(judge.detach()), "gradient": float(norm)}  # fmt: skip
+
+    def falling(self) -> float:
+        """Share of the learning rate that is left: 1 until the fall begins."""
+        left = (self.args.steps - self.step) / max(1.0, self.args.decay * self.args.steps)
+        return float(min(1.0, max(0.02, left)))
+
+    def learning_rate(self) -> float:
+        return float(self.args.lr * min(1.0, (self.step + 1) / WARM_UP) * self.falling())
+
+    @torch.no_grad()
+    def averaged(self) -> VisionModel:
+        """The model with averaged weights."""
+        model: VisionModel = copy.deepcopy(self.model)
+        model.load_state_dict(self.ema.shadow)
+        return model.eval()
+
+    def save(self, path: Path) -> None:
+        state = {
+            "model": self.model.state_dict(), "ema": self.ema.shadow, "step": self.step, "seconds": self.seconds,
+            "optimizers": [o.state_dict() for o in self.optimizers], "torch_rng": torch.get_rng_state(),
+            "numpy_rng": self.stream.rng.bit_generator.state,
+        }  # fmt: skip
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> None:
+        """Raises InputError where `path` is no state of this model."""
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+        except (OSError, RuntimeError, KeyError) as error:
+            raise InputError(f"{path}: no state of this model: {str(error).splitlines()[0]}") from error
+        self.ema.shadow = state["ema"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(state["torch_rng"].cpu())
+        self.stream.rng.bit_generator.state = state["numpy_rng"]
+
+    def write_model(self) -> None:
+        """RUN/model and RUN/learning-curve.png of where the training stands."""
+        args = self.args
+        hours = self.seconds / 3600
+        source = (
+            f"plugins_irp/vision/train.py: {self.step} steps of batch {args.batch} x {args.patch} x {args.patch}, "
+            f"seed {args.seed}, {hours:.2f} hours"
+        )
+        save_model(args.run / "model", self.averaged(), source)
+        last = self.config.max_steps
+        labels = {f"val_{k}": f"{k} steps" for k in (1, last // 2, last)}
+        plot(args.run / "log.csv", args.run / "learning-curve.png", labels, "loss", "PSNR of Set12, dB")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--data", type=Path, required=True, help="folder with train400.npz and set12.npz")
+    made.add_argument("--run", type=Path, required=True, help="folder for the state, the log and the model")
+    made.add_argument("--export", type=Path, help="write RUN/model from this state (of RUN, or a path) and end")
+    made.add_argument("--steps", type=int, default=3000, help="optimiser steps in all")
+    made.add_argument("--decay", type=float, default=0.4, help="last fraction of the run with falling learning rate")
+    made.add_argument("--batch", type=int, default=32)
+    made.add_argument("--patch", type=int, default=48, help="pixels of a side, a multiple of 8")
+    made.add_argument("--lr", type=float, default=2e-3)
+    made.add_argument("--weight-decay", type=float, default=0.0, help="of Muon")
+    made.add_argument("--clip", type=float, default=5.0, help="largest norm of the gradient")
+    made.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights")
+    made.add_argument("--shallow", type=int, default=3, help="refinement steps at first")
+    made.add_argument("--shallow-until", type=int, default=1000, help="optimiser steps with that few")
+    made.add_argument(
+        "--first-weight", type=float, default=0.3, help="weight of the first step's loss beside the last's 1"
+    )
+    made.add_argument("--tile", type=int, default=64)
+    made.add_argument("--fine", type=int, default=32)
+    made.add_argument("--middle", type=int, default=64)
+    made.add_argument("--coarse", type=int, default=128)
+    made.add_argument("--max-steps", type=int, default=6)
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--log-every", type=int, default=25)
+    made.add_argument("--save-every", type=int, default=100)
+    made.add_argument("--eval-every", type=int, default=250)
+    return made
+
+
+def train(args: argparse.Namespace, console: Console) -> None:
+    """Train to the last step and write what the module's docstring says."""
+    args.run.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(args)
+    state, log = args.run / STATE, args.run / "log.csv"
+    if args.export:
+        trainer.load(args.export if args.export.exists() else args.run / args.export)
+        trainer.write_model()
+        console.print(f"wrote {args.run / 'model'} of step {trainer.step}")
+        return
+    if state.exists():
+        trainer.load(state)
+        keep_until(log, trainer.step)
+        console.print(f"resumed {state} at step {trainer.step}")
+    checks = [f"val_{k + 1}" for k in range(trainer.config.max_steps)]
+    fields = ["step", "seconds", "lr", "loss", "first_loss", "judge_loss", "gradient", *checks]
+    clock = time.process_time if trainer.device.type == "cpu" else time.perf_counter
+    new = not log.exists()
+    with log.open("a", newline="") as handle:
+        writer = csv.DictWriter(handle, fields)
+        if new:
+            writer.writeheader()
+        mean: dict[str, list[float]] = {}
+        while trainer.step < args.steps:
+            began, held = clock(), trainer.falling() == 1.0
+            for name, value in trainer.train_step().items():
+                mean.setdefault(name, []).append(value)
+            trainer.seconds += clock() - began
+            last = trainer.step == args.steps
+            evaluates = trainer.step % args.eval_every == 0 or last
+            if evaluates or trainer.step % args.log_every == 0:
+                row: dict[str, Any] = {name: round(float(np.mean(v)), 4) for name, v in mean.items()}
+                row |= {"step": trainer.step, "seconds": round(trainer.seconds)}
+                row["lr"] = round(trainer.learning_rate(), 7)
+                if evaluates:
+                    found = check(trainer.averaged(), trainer.sets, trainer.device)
+                    row |= {name: round(value, 3) for name, value in zip(checks, found, strict=True)}
+                    console.print({k: row[k] for k in fields}, highlight=False)
+                writer.writerow(row)
+                handle.flush()
+                mean.clear()
+            if held and trainer.falling() < 1.0:
+                trainer.save(args.run / HOLD)
+            if trainer.step % args.save_every == 0 or last:
+                trainer.save(state)
+    trainer.write_model()
+    console.print(f"wrote {args.run / 'model'} after {trainer.seconds / 3600:.2f} hours of training")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module."""
+    try:
+        train(parser().parse_args(arguments), Console())
+    except SageError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

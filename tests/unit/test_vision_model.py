@@ -1,0 +1,151 @@
+"""The vision model, its tiles, scenes and training steps, without the shipped weights."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from plugins_irp.vision.data import load_sets, noisy_examples, psnr, scene_examples, with_noise
+from plugins_irp.vision.facts import VisionConfig
+from plugins_irp.vision.scenes import scene
+from plugins_irp.vision.tiles import Tiling
+from sage_edge.errors import InputError
+
+torch = pytest.importorskip("torch")
+
+from plugins_irp.vision.model import UNIT, VisionModel  # noqa: E402
+from plugins_irp.vision.train import main, parser  # noqa: E402
+
+SMALL = VisionConfig(tile=32, fine=8, middle=8, coarse=8, pooled=4, max_steps=3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 70), (64, 64), (65, 64), (180, 180), (321, 481), (100, 53)])
+@pytest.mark.parametrize("overlap", [0, 12, 32])
+def test_tiles_put_together_are_the_image(height: int, width: int, overlap: int) -> None:
+    image = np.random.default_rng(0).uniform(0, 255, (height, width)).astype(np.float32)
+    tiling = Tiling(height, width, 64, overlap)
+    tiles = tiling.cut(image)
+    assert tiles.shape == (len(tiling.corners), 64, 64)
+    assert np.allclose(tiling.blend(tiles), image, atol=1e-3)
+    tops = sorted({top for top, _ in tiling.corners})
+    assert all(64 - (b - a) >= overlap for a, b in itertools.pairwise(tops))
+
+
+def test_where_tiles_disagree_the_blend_has_no_seam() -> None:
+    """Two neighbours a hundred grey levels apart: over the overlap no pixel jumps by more than one part of it."""
+    tiling = Tiling(64, 64 + 52, 64, 12)
+    assert len(tiling.corners) == 2
+    tiles = np.stack([np.zeros((64, 64), np.float32), np.full((64, 64), 100, np.float32)])
+    rows = tiling.blend(tiles)
+    assert np.abs(np.diff(rows, axis=1)).max() < 100 / 12
+    assert rows[:, 0].max() == 0
+    assert rows[:, -1].min() == 100
+
+
+def test_an_overlap_of_a_whole_tile_is_refused() -> None:
+    with pytest.raises(ValueError, match="overlap"):
+        Tiling(10, 10, 8, 8)
+
+
+def test_a_tile_that_does_not_fit_the_latent_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 8"):
+        VisionConfig(tile=60)
+
+
+def test_the_model_scales_with_contrast_and_ignores_brightness() -> None:
+    """Without biases, and with the mean taken off, a x + b has the noise of x times a."""
+    torch.manual_seed(0)
+    model = VisionModel(SMALL).eval()
+    image = 255 * torch.rand(2, 1, 32, 32)
+
+    def found(noisy: Any) -> Any:
+        parts, *state = model.encode(noisy)
+        for _ in range(3):
+            state = list(model.step(parts, *state))
+        return model.decode(state[-1])
+
+    with torch.no_grad():
+        base = found(image)
+        assert torch.allclose(found(image + 40), base, atol=1e-3)
+        assert torch.allclose(found(3 * image), 3 * base, rtol=1e-3, atol=1e-3)
+    assert base.abs().max() > 1e-3
+
+
+def test_parts_and_decode_are_inverse() -> None:
+    model = VisionModel(SMALL)
+    noise = UNIT * torch.randn(2, 1, 32, 32)
+    noise -= noise.mean((2, 3), keepdim=True)
+    assert torch.allclose(model.decode(model.encode(noise)[0]), noise, atol=1e-4)
+
+
+def test_training_steps_lower_the_loss_and_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "train400.npz", images=np.stack([scene(64, rng) for _ in range(10)]))
+    np.savez(tmp_path / "set12.npz", a=scene(64, rng), b=scene(72, rng))
+    small = ["--data", str(tmp_path), "--batch", "2", "--patch", "16", "--fine", "8", "--middle", "8", "--coarse", "8",
+             "--tile", "16", "--max-steps", "3", "--shallow", "2", "--shallow-until", "3", "--eval-every", "6",
+             "--save-every", "3", "--log-every", "3", "--device", "cpu"]  # fmt: skip
+    assert parser().parse_args(["--data", "x", "--run", "y"]).max_steps == 6
+    main([*small, "--run", str(tmp_path / "whole"), "--steps", "12", "--decay", "0.1"])
+    # The same in two goes: the second begins from the state of the first.
+    main([*small, "--run", str(tmp_path / "parts"), "--steps", "6", "--decay", "0"])
+    main([*small, "--run", str(tmp_path / "parts"), "--steps", "12", "--decay", "0.1"])
+    states = [torch.load(tmp_path / name / "state.pt", weights_only=True)["model"] for name in ("whole", "parts")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    rows = (tmp_path / "whole" / "log.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "3", "6", "9", "12"]
+    assert (tmp_path / "whole" / "hold.pt").is_file()
+    assert {p.name for p in (tmp_path / "whole" / "model").iterdir()} == {"model.yaml", "weights.safetensors"}
+    losses = [float(row.split(",")[3]) for row in rows[1:]]
+    assert losses[-1] < losses[0]
+
+
+def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "train400.npz", images=np.stack([scene(32, rng) for _ in range(10)]))
+    np.savez(tmp_path / "set12.npz", a=scene(32, rng))
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match="no state of this model"):
+        main(["--data", str(tmp_path), "--run", str(tmp_path / "run"), "--export", str(tmp_path / "other.pt")])
+
+
+def test_missing_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train400\.npz .* set12\.npz"):
+        load_sets(tmp_path)
+
+
+def test_every_tenth_image_is_held_out(tmp_path: Path) -> None:
+    images = np.arange(20, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8)
+    np.savez(tmp_path / "train400.npz", images=images)
+    np.savez(tmp_path / "set12.npz", a=images[0])
+    sets = load_sets(tmp_path)
+    assert sets.held[:, 0, 0].tolist() == [9, 19]
+    assert len(sets.train) == 18
+
+
+def test_scenes_are_the_same_each_time_and_have_the_statistics_of_images() -> None:
+    few, more = scene_examples("calibration", 2, 64), scene_examples("calibration", 4, 64)
+    other = scene_examples("report", 2, 64)
+    for i in range(2):
+        assert np.array_equal(few.references[i], more.references[i])
+        assert np.array_equal(few.observations[i]["image"], more.observations[i]["image"])
+        assert not np.array_equal(few.references[i], other.references[i])
+    picture = scene(128, np.random.default_rng(0)).astype(np.float64)
+    assert picture.std() > 20
+    # Neighbours are alike: most differences are small, some (edges) are large.
+    step = np.abs(np.diff(picture, axis=1))
+    assert np.median(step) < 8 < np.percentile(step, 97)
+
+
+def test_noise_has_its_level_and_levels_are_spread_evenly() -> None:
+    flat = np.full((64, 64), 128, np.uint8)
+    assert abs((with_noise(flat, 25, np.random.default_rng(0)) - 128.0).std() - 25) < 1
+    found = noisy_examples([flat] * 200, 3)
+    sigmas = np.array(found.groups["sigma"])
+    assert sigmas.min() < 5
+    assert sigmas.max() > 50
+    assert psnr(found.observations[0]["image"], flat) == pytest.approx(20 * np.log10(255 / sigmas[0]), abs=0.5)
