@@ -323,7 +323,7 @@ class Trainer:
         plot(
             run / "log.csv",
             run / "learning-curve.png",
-            accuracy={"val_exact_full": "full steps", "val_exact_learned": "learned rule"},
+            quality={"val_exact_full": "full steps", "val_exact_learned": "learned rule"},
             loss="cross_entropy",
         )
 
