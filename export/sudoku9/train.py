@@ -333,7 +333,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder written by generate.py")
     parser.add_argument("--run", type=Path, required=True, help="folder for the state, the log and the model")
     parser.add_argument("--init", type=Path, help="start from these weights: a model folder or an original checkpoint")
-    parser.add_argument("--steps", type=int, default=2800, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=4500, help="optimiser steps in all")
     parser.add_argument("--decay", type=float, default=0.45, help="last fraction of the run with falling learning rate")
     parser.add_argument("--single-cycle-until", type=int, default=1200, help="train with one H cycle up to this step")
     parser.add_argument("--ramp", type=int, default=1500, help="step from which on the hardest puzzles are drawn too")
