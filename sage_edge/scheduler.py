@@ -175,8 +175,7 @@ def schedule(state: SchedulerState, now: float) -> Plan:
 def update(state: SchedulerState, plan: Plan, outcome: Outcome) -> SchedulerState:
     """The state after a tick. Requests cancelled or dropped while it ran are gone and stay so."""
     left = {request.id for request in plan.expire} | {request.id for _, request in plan.admit}
-    waiting = {request.id for request in state.queue if request.id in left} if left else set()
-    queue = tuple(request for request in state.queue if request.id not in left) if left else state.queue
+    queue, waiting = _without(state.queue, left)
     soonest = state.soonest
     if plan.expire:
         soonest = min((r.deadline for r in queue if r.deadline is not None), default=np.inf)
@@ -199,6 +198,20 @@ def update(state: SchedulerState, plan: Plan, outcome: Outcome) -> SchedulerStat
         active = [row for row in plan.refine if slots[row]]
         signals = _step(slots, active, signals, outcome.signals, outcome.finished, state.names)
     return replace(state, queue=queue, soonest=soonest, slots=tuple(slots), signals=signals)
+
+
+def _without(queue: tuple[Request, ...], left: set[int]) -> tuple[tuple[Request, ...], set[int]]:
+    """The queue without the ids `left`, and which of them were in it. Those that leave are mostly at the front."""
+    found: set[int] = set()
+    stay: list[Request] = []
+    for place, request in enumerate(queue):
+        if len(found) == len(left):
+            return (*stay, *queue[place:]), found
+        if request.id in left:
+            found.add(request.id)
+        else:
+            stay.append(request)
+    return tuple(stay), found
 
 
 def _reshaped(signals: Floats, rows: list[int], shape: int, capacity: int) -> Floats:
@@ -229,7 +242,7 @@ def _step(slots: list[Slot | None], active: list[int], signals: Floats, new: Flo
         )
         for row, slot, reason in zip(rows, members, policy.reasons(history), strict=True):
             if reason:
-                slots[row] = replace(slot, reason=reason)
+                slots[row] = Slot(slot.request, slot.admitted, slot.steps, reason)
     return signals
 
 

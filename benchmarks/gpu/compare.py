@@ -26,7 +26,7 @@ from benchmarks.gpu.ceilings import device_ceilings
 from benchmarks.gpu.peers import peers
 from sage_edge.bench.header import commit
 from sage_edge.bench.roofline import predict
-from sage_edge.bench.suite import Case
+from sage_edge.bench.suite import RANDOM_ITEMS, Case
 from sage_edge.bench.timing import interleave
 from sage_edge.bundle import load_bundle
 from sage_edge.config import load_yaml
@@ -41,7 +41,7 @@ from sage_edge.errors import MissingDependencyError, SageError
 from sage_edge.export.checkpoint import open_model
 from sage_edge.export.random_model import random_model_folder
 from sage_edge.files import write_atomic
-from sage_edge.models import bundle_of, locate, shipped
+from sage_edge.models import bundle_of, locate, lowered_of, shipped
 
 CASES = Path(__file__).resolve().parents[1] / "cases"
 TARGETS = ("desktop", "torch", "ort-cuda", "torch-tensorrt")
@@ -67,16 +67,26 @@ def driver() -> str | None:
 
 
 def engines(bundle: Path, slots: int, device: str, left_out: dict[str, str]) -> dict[str, Runner]:
-    """Runners of every engine that can be built here; `left_out` gets the reason for each that cannot."""
+    """Runners of every engine that can be built here; `left_out` gets the reason for each that cannot.
+
+    On a GPU in fp32 and in fp16, lowered on random observations: only its speed is looked at, so nothing is said of its answers.
+    """
     if device == "cpu":
-        return {"sage-edge cpu": open_engine(build(bundle, BuildRecipe(slots=slots)).path)}
+        return {"sage-edge cpu fp32": open_engine(build(bundle, BuildRecipe(slots=slots)).path)}
+    bundles = {"fp32": bundle}
+    try:
+        bundles["fp16"] = lowered_of(bundle, "fp16", load_bundle(bundle).model.random_observation(RANDOM_ITEMS))
+    except SageError as error:
+        left_out["sage-edge fp16"] = str(error)
     found: dict[str, Runner] = {}
-    for target in TARGETS:
-        try:
-            recipe = choose_recipe(target, bundle_precision(bundle)).with_slots(slots)
-            found[f"sage-edge {target}"] = open_engine(build_accelerated(bundle, recipe).path)
-        except (MissingDependencyError, SageError) as error:
-            left_out[f"sage-edge {target}"] = str(error)
+    for precision, source in bundles.items():
+        for target in TARGETS:
+            name = f"sage-edge {target} {precision}"
+            try:
+                recipe = choose_recipe(target, bundle_precision(source)).with_slots(slots)
+                found[name] = open_engine(build_accelerated(source, recipe).path)
+            except (MissingDependencyError, SageError) as error:
+                left_out[name] = str(error)
     return found
 
 

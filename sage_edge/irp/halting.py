@@ -40,7 +40,10 @@ class History:
         if name not in self.names:
             raise InputError(f"halting: signal {name!r} is not given by this model; it gives {', '.join(self.names)}")
         index = self.steps - 1 - back
-        values = self.signals[np.arange(len(index)), np.maximum(index, 0), self.names.index(name)]
+        column = self.signals[:, :, self.names.index(name)]
+        if not back:  # what most policies ask for, every step
+            return column[np.arange(len(index)), index]
+        values = column[np.arange(len(index)), np.maximum(index, 0)]
         known: Floats = np.where(index >= 0, values, np.float32(np.nan)).astype(np.float32)
         return known
 

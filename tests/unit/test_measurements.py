@@ -34,7 +34,7 @@ def test_the_comparison_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixt
     report = json.loads(output.read_text())
     assert [row["batch"] for row in report["rows"]] == [1, 2]
     for row in report["rows"]:
-        assert set(row["latency"]) == {"sage-edge cpu", "PyTorch eager fp32"}
+        assert set(row["latency"]) == {"sage-edge cpu fp32", "PyTorch eager fp32"}
         for name, entry in row["latency"].items():
             assert row["answers_per_s"][name] == pytest.approx(1e3 * row["batch"] / (8 * entry["mean_ms"]))
         assert row["roofline"]["milliseconds"] > 0
