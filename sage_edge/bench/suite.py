@@ -60,7 +60,7 @@ class Case:
     random: HRMConfig | None = None
     data: str = ""
     examples: int = 512
-    calibration: int = 1280
+    calibration: int = 960
     precisions: tuple[Literal["fp32", "int8"], ...] = ("fp32",)
     batches: tuple[int, ...] = (1, 8)
     seconds: float = 2.0
