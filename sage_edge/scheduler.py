@@ -217,6 +217,9 @@ def _without(queue: tuple[Request, ...], left: set[int]) -> tuple[tuple[Request,
 def _reshaped(signals: Floats, rows: list[int], shape: int, capacity: int) -> Floats:
     """A copy with the given rows first, `shape` rows in all and room for at least `capacity` steps."""
     room = signals.shape[1] if signals.shape[1] >= capacity else max(16, 2 * capacity)
+    if room == signals.shape[1] and rows == list(range(shape)):
+        same: Floats = signals.copy()
+        return same
     copy = np.full((shape, room, signals.shape[2]), np.nan, np.float32)
     copy[: len(rows), : signals.shape[1]] = signals[rows]
     return copy
@@ -226,12 +229,17 @@ def _step(slots: list[Slot | None], active: list[int], signals: Floats, new: Flo
           names: tuple[str, ...]) -> Floats:  # fmt: skip
     """Record one step of the active rows and ask each policy, once for all rows that share it; changes `slots`."""
     groups: dict[Policy, list[int]] = {}
+    last: Policy | None = None  # neighbours mostly share the very object: hashing a policy costs more than comparing it
     for row in active:
         slot = slots[row]
         assert slot is not None
-        signals[row, slot.steps] = new[row]
         slots[row] = Slot(slot.request, slot.admitted, slot.steps + 1)
-        groups.setdefault(slot.request.policy, []).append(row)
+        if slot.request.policy is not last:
+            last = slot.request.policy
+            members_of = groups.setdefault(last, [])
+        members_of.append(row)
+    taken = [slot.steps - 1 for row in active if (slot := slots[row])]
+    signals[active, taken] = new[active]
     for policy, rows in groups.items():
         members = [slot for row in rows if (slot := slots[row])]
         history = History(

@@ -138,9 +138,11 @@ class TensorSpec:
                     wrong |= array > high
                 at = tuple(int(i) for i in np.argwhere(wrong)[0])
                 raise InputError(f"{where}: value {array[at]} at {list(at)} is outside {low}..{high}")
+        if not self.dtype.startswith("float"):
+            return np.ascontiguousarray(array, self.dtype)
         with np.errstate(over="ignore"):
-            converted = np.ascontiguousarray(array.astype(self.dtype, copy=False))
-        if converted.dtype.kind == "f" and not np.isfinite(converted).all():
+            converted = np.ascontiguousarray(array, self.dtype)
+        if not np.isfinite(converted).all():
             raise InputError(f"{where}: holds NaN or Inf, or values beyond {self.dtype}")
         return converted
 
