@@ -89,14 +89,15 @@ class Ticket:
 @dataclass
 class Statistics:
     """Counters since the pool was made. rows: slots computed; used: those of them that held a request; full: slots that
-    could have been (ticks x the pool's slots). scheduling_s: seconds of checking, deciding and bookkeeping; moving_s: of
-    admitting, compacting and decoding; refining_s: of the steps themselves; by the pool's timer."""
+    could have been (ticks x the pool's slots). Seconds by the pool's timer, submitting_s: of checking inputs and queueing;
+    scheduling_s: of deciding and bookkeeping; moving_s: of admitting, compacting and decoding; refining_s: of the steps."""
 
     ticks: int = 0
     rows: int = 0
     used: int = 0
     full: int = 0
     answered: int = 0
+    submitting_s: float = 0.0
     scheduling_s: float = 0.0
     moving_s: float = 0.0
     refining_s: float = 0.0
@@ -153,7 +154,7 @@ class Pool:
         limit = max_steps or self.runner.model.max_steps
         ticket = self._enqueue(checked, None, halt, limit, deadline_ms, priority, arrived, accepts)
         with self._lock:
-            self.stats.scheduling_s += self.timer() - began
+            self.stats.submitting_s += self.timer() - began
         return ticket
 
     def resume(self, snapshot: Snapshot, deadline_ms: float | None = None, priority: int = 0) -> Ticket:

@@ -141,7 +141,7 @@ def saturated(
 
 
 def overhead(served: dict[str, list[Served]], runner: Runner, threads: int) -> dict[str, float]:
-    """CPU time of the scheduler a tick, submission included, beside a step at full batch.
+    """CPU time of the scheduler a tick, and of submission and of moving data, beside a step at full batch.
 
     What other programs take from this machine lengthens a step's wall time and would flatter the share; so a step counts as
     the fastest one seen, or as its CPU time over `threads` (that of upstream's way, which does little else), whichever is
@@ -150,14 +150,16 @@ def overhead(served: dict[str, list[Served]], runner: Runner, threads: int) -> d
     statistics = [run.statistics for run in served["refill"] if run.statistics]
     ticks = sum(s.ticks for s in statistics)
     scheduling = sum(s.scheduling_s for s in statistics) / ticks * 1e3
+    submitting = sum(s.submitting_s for s in statistics) / ticks * 1e3
     moving = sum(s.moving_s for s in statistics) / ticks * 1e3
     fastest = min(s.fastest_step_s.get(runner.slots, np.inf) for s in statistics) * 1e3
     cpu = min(run.cpu_s / run.step_rows for run in served["to the last step"]) * runner.slots / threads * 1e3
     step = min(fastest, cpu)
     return {
-        "scheduling_ms_per_tick": scheduling, "moving_ms_per_tick": moving, "fastest_step_ms": fastest,
+        "scheduling_ms_per_tick": scheduling, "submitting_ms_per_tick": submitting, "moving_ms_per_tick": moving, "fastest_step_ms": fastest,
         "step_cpu_ms_per_thread": cpu, "step_ms": step, "share_of_step": scheduling / step,
-        "share_with_moving": (scheduling + moving) / step,
+        "share_with_submission": (scheduling + submitting) / step,
+        "share_with_moving": (scheduling + submitting + moving) / step,
     }  # fmt: skip
 
 

@@ -202,7 +202,8 @@ def show_slots(report: dict[str, Any]) -> None:
     )  # fmt: skip
     cost = slots["overhead"]
     print(f"scheduling: {cost['scheduling_ms_per_tick']:.3f} ms of CPU a tick, {cost['share_of_step']:.1%} of a step "
-          f"({cost['step_ms']:.1f} ms); {cost['share_with_moving']:.1%} with admission, compaction and decode\n"
+          f"({cost['step_ms']:.1f} ms); {cost['share_with_submission']:.1%} with checking and queueing requests, "
+          f"{cost['share_with_moving']:.1%} with admission, compaction and decode too\n"
     )  # fmt: skip
     print_table(
         "open loop, latency from the intended arrival, ms",
