@@ -156,7 +156,8 @@ def overhead(served: dict[str, list[Served]], runner: Runner, threads: int) -> d
     cpu = min(run.cpu_s / run.step_rows for run in served["to the last step"]) * runner.slots / threads * 1e3
     step = min(fastest, cpu)
     return {
-        "scheduling_ms_per_tick": scheduling, "submitting_ms_per_tick": submitting, "moving_ms_per_tick": moving, "fastest_step_ms": fastest,
+        "scheduling_ms_per_tick": scheduling, "submitting_ms_per_tick": submitting,
+        "moving_ms_per_tick": moving, "fastest_step_ms": fastest,
         "step_cpu_ms_per_thread": cpu, "step_ms": step, "share_of_step": scheduling / step,
         "share_with_submission": (scheduling + submitting) / step,
         "share_with_moving": (scheduling + submitting + moving) / step,
