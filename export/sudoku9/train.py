@@ -16,7 +16,6 @@ import argparse
 import csv
 import dataclasses
 import importlib.util
-import os
 import sys
 import time
 from pathlib import Path
@@ -33,6 +32,7 @@ from torch import Tensor
 from sage_edge.export.hrm import HRM
 from sage_edge.export.layers import Block
 from sage_edge.export.learning_curve import keep_until, plot
+from sage_edge.export.training import Ema, save_state
 from sage_edge.specs import HRMConfig
 
 CONFIG = HRMConfig(
@@ -122,20 +122,6 @@ def see_units(model: HRM) -> None:
             weight = layer.self_attn.qkv_proj.weight
             for start in (0, config.hidden_size):  # queries, then keys
                 weight[start : start + 3 * width] = torch.eye(3 * width, config.hidden_size)
-
-
-class Ema:
-    """Exponential moving average of all parameters."""
-
-    def __init__(self, model: HRM, decay: float) -> None:
-        self.decay = decay
-        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: HRM, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, p in model.named_parameters():
-            self.shadow[name].lerp_(p, 1 - decay)
 
 
 @dataclasses.dataclass
@@ -289,9 +275,7 @@ class Trainer:
             "optimizers": [o.state_dict() for o in self.optimizers], "carry": dataclasses.asdict(self.carry),
             "torch_rng": torch.get_rng_state(), "numpy_rng": self.data.rng.bit_generator.state,
         }  # fmt: skip
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        save_state(path, state)
 
     def start_from(self, folder: Path) -> None:
         """Take the weights of a model folder or an original checkpoint of the same architecture."""

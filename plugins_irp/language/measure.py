@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.table import Table
 
+from sage_edge.cli.output import print_table
 from sage_edge.device import machine
 from sage_edge.errors import SageError
 from sage_edge.files import sha256, write_atomic
@@ -240,30 +239,21 @@ def measure(plugin: Language, texts: Texts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(console: Console, found: dict[str, Any]) -> None:
-    """The results as tables."""
-
-    def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        made = Table(title=title, title_justify="left")
-        for name in head:
-            made.add_column(name, justify="left" if name == head[0] else "right")
-        for row in rows:
-            made.add_row(*row)
-        console.print(made)
-
-    table("in-scope accuracy, %, report half", ("damage", "full", "± s.e.", "halted", "steps", "per step", *KINDS),
-          [(r["damage"], f"{r['full']:.1f}", f"{r['standard_error']:.1f}", f"{r['halted']:.1f}", f"{r['steps']:.2f}",
-            " ".join(f"{v:.1f}" for v in r["per_step"]), *(f"{r['linear'][k]:.1f}" for k in KINDS))
-           for r in found["accuracy"]])  # fmt: skip
-    table(f"halting, certified: {found['certified']['policy']}",
-          ("masked", "examples", "full", "halted", "lost", "steps", "saved", "oracle", "its steps"),
-          [(r["masked"], str(r["examples"]), *(f"{r[k]:.1f}" for k in ("full", "halted", "lost")), f"{r['steps']:.2f}",
-            f"{r['saved']:.0f} %", f"{r['oracle']:.1f}", f"{r['oracle_steps']:.2f}") for r in found["halting"]])  # fmt: skip
-    table(f"out of scope, AUROC {found['scope']['auroc_report']:.3f}",
-          ("threshold", "value", "out-of-scope recall", "in scope rejected", "in scope right"),
-          [(r["threshold"], f"{r['value']:.3f}", f"{r['oos_recall']:.1f}", f"{r['in_scope_rejected']:.1f}",
-            f"{r['in_scope_right']:.1f}") for r in found["scope"]["rows"]])  # fmt: skip
-    console.print(found["filling"])
+def show(found: dict[str, Any]) -> None:
+    """The results as tables on standard output."""
+    print_table("in-scope accuracy, %, report half", ("damage", "full", "± s.e.", "halted", "steps", "per step", *KINDS),
+                [(r["damage"], f"{r['full']:.1f}", f"{r['standard_error']:.1f}", f"{r['halted']:.1f}", f"{r['steps']:.2f}",
+                 " ".join(f"{v:.1f}" for v in r["per_step"]), *(f"{r['linear'][k]:.1f}" for k in KINDS))
+                 for r in found["accuracy"]])  # fmt: skip
+    print_table(f"halting, certified: {found['certified']['policy']}",
+                ("masked", "examples", "full", "halted", "lost", "steps", "saved", "oracle", "its steps"),
+                [(r["masked"], str(r["examples"]), *(f"{r[k]:.1f}" for k in ("full", "halted", "lost")), f"{r['steps']:.2f}",
+                 f"{r['saved']:.0f} %", f"{r['oracle']:.1f}", f"{r['oracle_steps']:.2f}") for r in found["halting"]])  # fmt: skip
+    print_table(f"out of scope, AUROC {found['scope']['auroc_report']:.3f}",
+                ("threshold", "value", "out-of-scope recall", "in scope rejected", "in scope right"),
+                [(r["threshold"], f"{r['value']:.3f}", f"{r['oos_recall']:.1f}", f"{r['in_scope_rejected']:.1f}",
+                 f"{r['in_scope_right']:.1f}") for r in found["scope"]["rows"]])  # fmt: skip
+    print(found["filling"])
 
 
 def main() -> None:
@@ -279,7 +269,7 @@ def main() -> None:
             found = measure(plugin, load_texts(arguments.data).first(arguments.limit))
     except SageError as error:
         raise SystemExit(f"error: {error}") from error
-    show(Console(width=150), found)
+    show(found)
     if arguments.output:
         write_atomic(arguments.output, json.dumps(found, indent=1) + "\n")
 

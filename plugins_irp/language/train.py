@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -30,13 +29,13 @@ from torch import Tensor, nn
 
 from sage_edge.errors import SageError
 from sage_edge.export.learning_curve import keep_until, plot
+from sage_edge.export.training import Ema, Muon, save_state
 
 from .corrupt import IGNORE, Rates, Vocabulary, damage
 from .data import Pair, Texts, load_texts
 from .facts import LanguageConfig
 from .graphs import save_model
 from .model import LanguageModel, WordTable
-from .muon import Muon
 from .tokens import TOKENIZER, Tokens, train_tokenizer
 
 BLIND = (0, 0, 0, 1, 2, 3)  # steps without gradients before the segment, drawn evenly
@@ -110,20 +109,6 @@ class Check:
             right += int((model.intent_logits(meaning)[:, 0].argmax(-1).cpu() == labels).sum())
             total += len(labels)
         return right / total
-
-
-class Ema:
-    """Exponential moving average of all parameters."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, p in model.named_parameters():
-            self.shadow[name].lerp_(p, 1 - decay)
 
 
 class Trainer:
@@ -220,9 +205,7 @@ class Trainer:
             "optimizers": [o.state_dict() for o in self.optimizers], "torch_rng": torch.get_rng_state(),
             "numpy_rng": self.stream.rng.bit_generator.state, "queue": self.stream.queue,
         }  # fmt: skip
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        save_state(path, state)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)

@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.table import Table
 
 from sage_edge.arrays import read_npz
+from sage_edge.cli.output import print_table
 from sage_edge.device import machine
 from sage_edge.errors import InputError, SageError
 from sage_edge.files import write_atomic
@@ -178,37 +177,29 @@ def measure(
     return found
 
 
-def show(console: Console, found: dict[str, Any]) -> None:
-    """The results as tables."""
-
-    def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        made = Table(title=title, title_justify="left")
-        for name in head:
-            made.add_column(name, justify="left" if name == head[0] else "right")
-        for row in rows:
-            made.add_row(*row)
-        console.print(made)
-
+def show(found: dict[str, Any]) -> None:
+    """The results as tables on standard output."""
     for name in ("set12", "final"):
         if name in found:
-            table(f"{name}, whole images, PSNR in dB", ("sigma", "per step", "halted", "steps", "steps a tile"),
-                  [(f"{r['sigma']:g}", " ".join(f"{v:.2f}" for v in r["per_step"]), f"{r['halted']:.2f}",
-                    f"{r['steps']:.2f}", f"{r['tile_steps']:.2f}") for r in found[name]])  # fmt: skip
+            print_table(f"{name}, whole images, PSNR in dB", ("sigma", "per step", "halted", "steps", "steps a tile"),
+                        [(f"{r['sigma']:g}", " ".join(f"{v:.2f}" for v in r["per_step"]), f"{r['halted']:.2f}",
+                         f"{r['steps']:.2f}", f"{r['tile_steps']:.2f}") for r in found[name]])  # fmt: skip
     for name, chosen in found["certified"].items():
-        table(f"Set12 crops, certified on {name}: {chosen['policy']} (bound {chosen['bound']:.4f} dB, {chosen['items']} items)",
-              ("sigma", "examples", "first step", "full", "halted", "lost", "steps", "saved", "oracle's steps"),
-              [(r["sigma"], str(r["examples"]), *(f"{r[k]:.2f}" for k in ("first", "full", "halted")), f"{r['lost']:.3f}",
-                f"{r['steps']:.2f}", f"{r['saved']:.0%}", f"{r['oracle_steps']:.2f}")
-               for r in found["halting"][name]])  # fmt: skip
+        promise = f"{chosen['policy']} (bound {chosen['bound']:.4f} dB, {chosen['items']} items)"
+        print_table(f"Set12 crops, certified on {name}: {promise}",
+                    ("sigma", "examples", "first step", "full", "halted", "lost", "steps", "saved", "oracle's steps"),
+                    [(r["sigma"], str(r["examples"]), *(f"{r[k]:.2f}" for k in ("first", "full", "halted")), f"{r['lost']:.3f}",
+                     f"{r['steps']:.2f}", f"{r['saved']:.0%}", f"{r['oracle_steps']:.2f}")
+                     for r in found["halting"][name]])  # fmt: skip
     if found.get("opencv"):
-        table("8-bit Set12, one thread: certified halting beside OpenCV's fastNlMeansDenoising",
-              ("sigma", "ours, dB", "OpenCV, dB", "ours, ms", "OpenCV, ms"),
-              [(f"{r['sigma']:g}", f"{r['ours']:.2f}", f"{r['theirs']:.2f}", f"{1e3 * r['ours_s']:.0f}",
-                f"{1e3 * r['theirs_s']:.0f}") for r in found["opencv"]])  # fmt: skip
+        print_table("8-bit Set12, one thread: certified halting beside OpenCV's fastNlMeansDenoising",
+                    ("sigma", "ours, dB", "OpenCV, dB", "ours, ms", "OpenCV, ms"),
+                    [(f"{r['sigma']:g}", f"{r['ours']:.2f}", f"{r['theirs']:.2f}", f"{1e3 * r['ours_s']:.0f}",
+                     f"{1e3 * r['theirs_s']:.0f}") for r in found["opencv"]])  # fmt: skip
     if found["colour"]:
-        table("colour, two photographs, PSNR in dB", ("sigma", "noisy", "opponent channels", "R, G, B one by one"),
-              [(f"{r['sigma']:g}", *(f"{r[k]:.2f}" for k in ("noisy", "opponent", "separate")))
-               for r in found["colour"]])  # fmt: skip
+        print_table("colour, two photographs, PSNR in dB", ("sigma", "noisy", "opponent channels", "R, G, B one by one"),
+                    [(f"{r['sigma']:g}", *(f"{r[k]:.2f}" for k in ("noisy", "opponent", "separate")))
+                     for r in found["colour"]])  # fmt: skip
 
 
 def main() -> None:
@@ -235,7 +226,7 @@ def main() -> None:
                 draw(plugin, found["certified"]["photographs"]["policy"], arguments.pictures)
     except SageError as error:
         raise SystemExit(f"error: {error}") from error
-    show(Console(width=150), found)
+    show(found)
     if arguments.output:
         write_atomic(arguments.output, json.dumps(found, indent=1) + "\n")
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,9 +29,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from plugins_irp.language.muon import Muon
 from sage_edge.errors import InputError, SageError
 from sage_edge.export.learning_curve import keep_until, plot
+from sage_edge.export.training import Ema, Muon, save_state
 
 from .data import MAX_SIGMA, Sets, load_sets, psnr
 from .facts import WHITE, VisionConfig
@@ -66,20 +65,6 @@ class Stream:
         sigma = (MAX_SIGMA * rng.random(self.batch)).astype(np.float32)
         noise = rng.standard_normal(clean.shape, dtype=np.float32) * sigma[:, None, None, None]
         return torch.from_numpy(clean), torch.from_numpy(clean + noise), torch.from_numpy(sigma)
-
-
-class Ema:
-    """Exponential moving average of all parameters."""
-
-    def __init__(self, model: VisionModel, decay: float) -> None:
-        self.decay = decay
-        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: VisionModel, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, p in model.named_parameters():
-            self.shadow[name].lerp_(p, 1 - decay)
 
 
 @torch.no_grad()
@@ -174,9 +159,7 @@ class Trainer:
             "optimizers": [o.state_dict() for o in self.optimizers], "torch_rng": torch.get_rng_state(),
             "numpy_rng": self.stream.rng.bit_generator.state,
         }  # fmt: skip
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        save_state(path, state)
 
     def load(self, path: Path) -> None:
         """Raises InputError where `path` is no state of this model."""

@@ -18,10 +18,10 @@ from plugins_irp.language import train as training
 from plugins_irp.language.facts import MODEL, WEIGHTS, LanguageConfig, ModelFile
 from plugins_irp.language.graphs import SIGNALS, graph_model, load_model, save_model
 from plugins_irp.language.model import LanguageModel, WordTable, letter_grams
-from plugins_irp.language.muon import Muon, orthogonal
 from sage_edge.engines.build import BuildRecipe, build, open_engine
 from sage_edge.errors import InputError, IntegrityError
 from sage_edge.export.bundle import reference_run, write_bundle
+from sage_edge.export.training import Muon, orthogonal
 from tests.unit.test_language_text import write_clinc
 
 TINY = LanguageConfig(40, 5, seq_len=12, embedding=8, hidden_size=16, num_heads=2, max_steps=3)

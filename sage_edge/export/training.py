@@ -1,15 +1,20 @@
-"""Muon: momentum whose update of each matrix is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+"""What training scripts share: the Muon optimiser, averaged weights, a state file that a kill does not halve.
 
+Muon: momentum whose update of each matrix is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 `torch.optim.Muon` computes the Newton-Schulz iteration in bfloat16, which a CPU without bfloat16 units does several times
-slower than float32: at this model's size that was a third of the training time. This one computes in float32.
+slower than float32: at the language model's size that was a third of the training time. This one computes in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from sage_edge.files import replacing
 
 # The quintic's coefficients of the source: steep at 0, so that five iterations bring singular values near 1.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -45,3 +50,23 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonal(p.grad.lerp(buffer, group["momentum"]).flatten(1))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update.view(p.shape), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
+
+
+class Ema:
+    """Exponential moving average of all parameters; its memory is short at first."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in model.named_parameters():
+            self.shadow[name].lerp_(p, 1 - decay)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a training state that `torch.load` reads with weights_only; a kill leaves the one before."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
