@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sage_edge.engines.accelerator import OutOfMemoryError
 from sage_edge.engines.null import NullRunner
 from sage_edge.errors import EngineError, InputError
 from sage_edge.irp.engine import EnginePlugin
@@ -23,26 +25,44 @@ def observation(*needs: int) -> dict[str, Array]:
     return {"inputs": np.repeat(np.array(needs, np.int32)[:, None], 4, axis=1)}
 
 
+class Handle(dict[str, Array]):
+    """A state whose end can be watched."""
+
+
 class Faulty(NullRunner):
     fails = ""
+    room = 100  # states that still fit
 
     def _refine(self, handle: dict[str, Array]) -> npt.NDArray[np.float32]:
         if self.fails == "refine":
             raise OSError("injected")
         return super()._refine(handle)
 
+    def _empty(self, slots: int) -> dict[str, Array]:
+        if self.room == 0:
+            raise OutOfMemoryError("injected")
+        self.room -= 1
+        made = Handle(super()._empty(slots))
+        weakref.finalize(made, self.free)
+        return made
+
+    def free(self) -> None:
+        self.room += 1
+
 
 @given(
     st.lists(st.integers(1, 9), min_size=2, max_size=7),
     st.lists(st.sets(st.integers(0, 6), min_size=1), min_size=1, max_size=25),
     st.lists(st.integers(0, 6), max_size=3),
+    st.integers(1, 3),
+    st.integers(1, 4),
 )
-@settings(max_examples=100)
+@settings(max_examples=200)
 def test_a_request_is_as_it_is_alone_whoever_steps_with_it(
-    needs: list[int], companies: list[set[int]], released: list[int]
+    needs: list[int], companies: list[set[int]], released: list[int], slots: int, limit: int
 ) -> None:
-    with NullRunner(4) as runner:
-        bank = SlotBank(runner)
+    with NullRunner(slots) as runner:
+        bank = SlotBank(runner, limit)
         seats = [bank.take(observation(need))[0] for need in needs]
         taken = [0] * len(needs)
         gone: set[int] = set()
@@ -72,6 +92,48 @@ def test_more_seats_than_slots_step_in_several_calls() -> None:
         bank.refine(seats)
         assert [int(seat.signals[2]) for seat in seats] == [max(0, need - 2) for need in range(1, 11)]
         assert bank.decode(seats)["prediction"][:, 0].tolist() == [1, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+
+
+def counting(runner: NullRunner) -> list[int]:
+    """Rows that were read to the host or written from there, call by call."""
+    moved: list[int] = []
+    read, restore = runner.read, runner.restore
+    runner.read = lambda state, rows=None: moved.append(len(rows or ())) or read(state, rows)  # type: ignore[method-assign, func-returns-value]
+    runner.restore = lambda state, rows, arrays: moved.append(len(rows)) or restore(state, rows, arrays)  # type: ignore[method-assign, func-returns-value]
+    return moved
+
+
+def test_seats_of_several_companies_stay_where_they_are() -> None:
+    with NullRunner(4) as runner:
+        bank = SlotBank(runner)
+        seats = bank.take(observation(*range(1, 11)))
+        moved = counting(runner)
+        for _ in range(3):
+            bank.refine(seats)
+        bank.decode(seats)
+        assert moved == []
+        bank.refine(seats[2:])  # two rest; eight fit into two calls
+        assert sum(moved) == 2 + 2, "the smaller of two halves moves to the other, and those who rest stay"
+        bank.refine(seats[2:])
+        assert sum(moved) == 2 + 2
+
+
+def test_fewer_states_than_wished_where_memory_does_not_suffice() -> None:
+    with Faulty(2) as runner:
+        runner.room = 2
+        bank = SlotBank(runner)
+        seats = bank.take(observation(*range(1, 8)))
+        bank.refine(seats)
+        bank.refine(seats)
+        assert [int(seat.signals[2]) for seat in seats] == [max(0, need - 2) for need in range(1, 8)]
+        assert bank.limit == 1, "to change its size, a company needs two states"
+        runner.room = 0
+        other = SlotBank(runner)
+        seats = other.take(observation(1))
+        with pytest.raises(OutOfMemoryError):
+            other.refine(seats)
+        with pytest.raises(EngineError, match="lost"):
+            other.refine(seats)
 
 
 def test_an_engine_error_loses_those_who_stepped_and_keeps_those_who_wait() -> None:
