@@ -62,7 +62,9 @@ class Up(nn.Module):
         self.conv = conv(inputs, 4 * outputs, 1, 0.2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.conv(x), 2)
+        # The same numbers as pixel_shuffle(conv(x), 2), in one operator that ONNX Runtime is much faster at.
+        weight = self.conv.weight
+        return F.conv_transpose2d(x, weight.view(-1, 2, 2, weight.shape[1]).permute(3, 0, 1, 2), stride=2)
 
 
 class VisionModel(nn.Module):

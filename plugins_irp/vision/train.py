@@ -207,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--first-weight", type=float, default=0.3, help="weight of the first step's loss beside the last's 1"
     )
-    made.add_argument("--tile", type=int, default=64)
+    made.add_argument("--tile", type=int, default=96)
     made.add_argument("--fine", type=int, default=32)
     made.add_argument("--middle", type=int, default=64)
     made.add_argument("--coarse", type=int, default=128)

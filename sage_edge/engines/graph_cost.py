@@ -28,7 +28,7 @@ TYPES: dict[int, tuple[str, int]] = {
 # Values pass through these unchanged but for type or form; engines fold them into what reads them.
 PASSING = ("DequantizeLinear", "QuantizeLinear", "Cast", "Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze",
            "Expand", "Shape", "Constant", "ConstantOfShape")  # fmt: skip
-PRODUCTS = ("MatMul", "Gemm", "Conv")
+PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 SMALL = 4096  # constants up to this many bytes may say shapes and stay in the copy that shape inference sees
 
 
@@ -144,6 +144,8 @@ def _cost(node: NodeProto, values: dict[str, Value], constants: dict[str, int], 
         flops = 2 * inner * elements
     elif is_standard(node, "Conv"):  # weight [out, in / groups, h, w]: an output value sums over one filter
         flops = 2 * math.prod(values[node.input[1]].shape[1:]) * elements
+    elif is_standard(node, "ConvTranspose"):  # weight [in, out / groups, h, w]: an input value goes into one filter
+        flops = 2 * math.prod(values[node.input[1]].shape[1:]) * math.prod(values[node.input[0]].shape)
     read = [name for name in node.input if name]
     weights = tuple({origin[n]: constants[origin[n]] for n in read if origin.get(n)}.items())
     computed = [n for n in dict.fromkeys(read) if n not in origin and n in values]

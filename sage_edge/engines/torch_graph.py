@@ -261,6 +261,15 @@ def _conv(x: list[Any], a: Attributes) -> Tensor:
                                 a.get("group", 1))  # fmt: skip
 
 
+def _conv_transpose(x: list[Any], a: Attributes) -> Tensor:
+    plain = not any(a.get("pads", ())) and not any(a.get("output_padding", ())) and "output_shape" not in a
+    if x[0].ndim != 4 or not plain or a.get("auto_pad", b"NOTSET") != b"NOTSET":
+        raise InputError("ConvTranspose other than over two axes without padding, which torch engines do not know")
+    bias = x[2] if len(x) > 2 else None
+    return nn.functional.conv_transpose2d(x[0], x[1], bias, tuple(a.get("strides", (1, 1))), groups=a.get("group", 1),
+                                          dilation=tuple(a.get("dilations", (1, 1))))  # fmt: skip
+
+
 def _depth_to_space(x: list[Any], a: Attributes) -> Tensor:
     n, c, h, w = x[0].shape
     b = a["blocksize"]
@@ -365,6 +374,7 @@ OPERATORS: dict[str, Operator] = {
     "MatMul": lambda x, a: torch.matmul(x[0], x[1]),
     "Gemm": _gemm,
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
     "DepthToSpace": _depth_to_space,
     "SpaceToDepth": _space_to_depth,
     "Relu": _one(torch.relu),

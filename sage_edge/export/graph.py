@@ -78,6 +78,7 @@ ALLOWED_OPS = frozenset(
         # of convolutional models
         "Abs",
         "Conv",
+        "ConvTranspose",
         "DepthToSpace",
         "Relu",
         "SpaceToDepth",
@@ -237,7 +238,7 @@ def refuse_unportable(model: onnx.ModelProto, name: str) -> None:
 
 
 def matmul_gflop(graph_file: Path) -> float:
-    """GFLOP of all MatMul, Gemm and Conv nodes of an exported graph for one slot; elementwise work is not counted."""
+    """GFLOP of all matrix products and convolutions of an exported graph for one slot; elementwise work is not counted."""
     model = onnx.load(str(graph_file), load_external_data=False)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].ClearField("dim_param")
@@ -254,4 +255,6 @@ def matmul_gflop(graph_file: Path) -> float:
             total += 2 * inner * int(np.prod(shapes[node.output[0]]))
         elif node.op_type == "Conv":  # weight [out, in / groups, h, w]: each output value is a sum over one filter
             total += 2 * int(np.prod(shapes[node.input[1]][1:])) * int(np.prod(shapes[node.output[0]]))
+        elif node.op_type == "ConvTranspose":  # weight [in, out / groups, h, w]: each input value goes into one filter
+            total += 2 * int(np.prod(shapes[node.input[1]][1:])) * int(np.prod(shapes[node.input[0]]))
     return total / 1e9

@@ -28,6 +28,7 @@ X = RNG.standard_normal((2, 3, 4)).astype(np.float32)
 POSITIVE = np.abs(X) + 0.1
 IMAGE = RNG.standard_normal((2, 8, 4, 6)).astype(np.float32)
 FILTERS = 0.1 * RNG.standard_normal((4, 8, 3, 3)).astype(np.float32)
+TURNED = 0.1 * RNG.standard_normal((8, 4, 2, 2)).astype(np.float32)
 BIAS = np.arange(4, dtype=np.float32)
 WHOLE = np.array([[-7, 7, 5], [2, -2, 9]], np.int32)
 
@@ -83,6 +84,8 @@ CASES: list[tuple[str, list[Any], list[Any], dict[str, Any]]] = [
     ("Gemm", [X[0], X[1]], [], {"transA": 1}),
     ("Conv", [IMAGE], [FILTERS], {"pads": [1, 1, 1, 1]}),
     ("Conv", [IMAGE], [FILTERS[:, :4].copy(), BIAS], {"pads": [0, 1, 2, 0], "strides": [2, 1], "group": 2}),
+    ("ConvTranspose", [IMAGE], [TURNED], {"strides": [2, 2]}),
+    ("ConvTranspose", [IMAGE], [TURNED, BIAS], {"strides": [1, 2], "dilations": [2, 1]}),
     ("DepthToSpace", [IMAGE], [], {"blocksize": 2}),
     ("DepthToSpace", [IMAGE], [], {"blocksize": 2, "mode": "CRD"}),
     ("SpaceToDepth", [IMAGE], [], {"blocksize": 2}),
