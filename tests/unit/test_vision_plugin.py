@@ -65,7 +65,9 @@ def test_the_arithmetic_of_a_step_is_counted() -> None:
     products = 2 * (fine + middle + coarse)
     assert load_bundle(FOLDER / "bundle").step_gflop == pytest.approx(products / 1e9, rel=1e-3)
     cost = graph_cost(FOLDER / "bundle" / "refine.onnx", 1)
-    assert sum(node.flops for node in cost.nodes if node.op in ("Conv", "ConvTranspose")) == pytest.approx(products, rel=1e-6)
+    assert sum(node.flops for node in cost.nodes if node.op in ("Conv", "ConvTranspose")) == pytest.approx(
+        products, rel=1e-6
+    )
 
 
 def test_the_bundle_passes_its_check(capsys: pytest.CaptureFixture[str]) -> None:
