@@ -13,11 +13,9 @@ checkpoint.safetensors).
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import importlib.util
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,8 +29,8 @@ from torch import Tensor
 
 from sage_edge.export.hrm import HRM
 from sage_edge.export.layers import Block
-from sage_edge.export.learning_curve import keep_until, plot
-from sage_edge.export.training import Ema, save_state
+from sage_edge.export.learning_curve import LOG, plot
+from sage_edge.export.training import STATE, Ema, Training, common_arguments
 from sage_edge.specs import HRMConfig
 
 CONFIG = HRMConfig(
@@ -136,28 +134,26 @@ class Carry:
     halted: Tensor
 
 
-class Trainer:
+class Trainer(Training):
+    model: HRM
+    warm_up = 200
+    checks = ("val_exact_full", "val_exact_learned", "val_steps")
+
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
-        self.args = args
-        self.device = torch.device(args.device)
         self.config = dataclasses.replace(
             CONFIG, hidden_size=args.hidden, num_heads=args.heads, puzzle_emb_ndim=args.hidden
         )
-        self.model = HRM(self.config)
-        see_units(self.model)
-        self.model.to(self.device)
+        model = HRM(self.config)
+        see_units(model)
+        model.to(args.device)
         self.data = Puzzles(args.data / "train.npz", args.seed)
-        matrices = [p for n, p in self.model.named_parameters() if "_level." in n]
-        others = [p for n, p in self.model.named_parameters() if "_level." not in n]
+        matrices = [p for n, p in model.named_parameters() if "_level." in n]
+        others = [p for n, p in model.named_parameters() if "_level." not in n]
         # Muon orthogonalises the update of each hidden matrix; embeddings and heads stay with AdamW.
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
-        self.ema = Ema(self.model, args.ema)
-        self.step = 0
-        self.seconds = 0.0
+        muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        super().__init__(args, model, (muon, adam), self.data.rng)
         self.carry = self._fresh_carry()
         self.first_cycles = self._compile(self._first_cycles)
         self.last_cycle = self._compile(self._last_cycle)
@@ -219,15 +215,7 @@ class Trainer:
         loss, ce, z_H, z_L, q, right, exact = self.last_cycle(
             carry.tokens, carry.labels, z_H, z_L, previous, carry.steps
         )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.ema.update(model, self.step)
+        self.update(loss, 1.0)
         explore = torch.rand(self.args.batch, device=self.device) < 0.1
         minimum = torch.randint(2, config.halt_max_steps + 1, (self.args.batch,), device=self.device) * explore
         wants = (q[:, 0] > q[:, 1]) & (carry.steps >= minimum)
@@ -244,15 +232,9 @@ class Trainer:
         """Easy puzzles first: from 34 holes at the start up to 50, which is all, at step `ramp`."""
         return float(34 + 16 * min(1.0, self.step / max(1, self.args.ramp)))
 
-    def learning_rate(self) -> float:
-        """Warm up over 200 steps, hold, then fall linearly to 2 % over the last part of the run."""
-        args = self.args
-        falling = (args.steps - self.step) / max(1.0, args.decay * args.steps)
-        return float(args.lr * min(1.0, (self.step + 1) / 200) * min(1.0, max(falling, 0.02)))
-
     @torch.no_grad()
-    def evaluate(self) -> tuple[float, float, float]:
-        """Validation (exact at full steps, exact by the learned rule, its mean steps) with the averaged weights."""
+    def evaluate(self) -> dict[str, float]:
+        """Share of exact solutions at full steps and by the learned rule, and the mean steps of that rule."""
         model = HRM(self.config).to(self.device)
         model.load_state_dict(self.model.state_dict())
         model.load_state_dict(self.ema.shadow, strict=False)
@@ -267,15 +249,14 @@ class Trainer:
             stops = ~halted & ((q[:, 0] > q[:, 1]) | (step == self.config.halt_max_steps))
             exact_halted, steps = torch.where(stops, exact, exact_halted), torch.where(stops, step, steps)
             halted = halted | stops
-        return float(exact.float().mean()), float(exact_halted.float().mean()), float(steps.mean())
+        found = (exact.float().mean(), exact_halted.float().mean(), steps.mean())
+        return dict(zip(self.checks, map(float, found), strict=True))
 
-    def save(self, path: Path) -> None:
-        state = {
-            "model": self.model.state_dict(), "ema": self.ema.shadow, "step": self.step, "seconds": self.seconds,
-            "optimizers": [o.state_dict() for o in self.optimizers], "carry": dataclasses.asdict(self.carry),
-            "torch_rng": torch.get_rng_state(), "numpy_rng": self.data.rng.bit_generator.state,
-        }  # fmt: skip
-        save_state(path, state)
+    def extra(self) -> dict[str, Any]:
+        return {"carry": dataclasses.asdict(self.carry)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.carry = Carry(**state["carry"])
 
     def start_from(self, folder: Path) -> None:
         """Take the weights of a model folder or an original checkpoint of the same architecture."""
@@ -287,17 +268,6 @@ class Trainer:
         self.model.load_state_dict(model.state_dict())
         self.ema = Ema(self.model, self.ema.decay)
 
-    def load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.ema.shadow = state["ema"]
-        self.step, self.seconds = state["step"], state["seconds"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.carry = Carry(**state["carry"])
-        torch.set_rng_state(state["torch_rng"].cpu())
-        self.data.rng.bit_generator.state = state["numpy_rng"]
-
     def finish(self, run: Path, source: str) -> None:
         """Write the averaged weights as a model folder, and the learning curve."""
         from sage_edge.export.model_folder import save_model_folder
@@ -305,7 +275,7 @@ class Trainer:
         weights = self.model.state_dict() | self.ema.shadow
         save_model_folder(run / "model", weights, name="sudoku9", config=self.config, source=source)
         plot(
-            run / "log.csv",
+            run / LOG,
             run / "learning-curve.png",
             quality={"val_exact_full": "full steps", "val_exact_learned": "learned rule"},
             loss="cross_entropy",
@@ -314,67 +284,21 @@ class Trainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder written by generate.py")
-    parser.add_argument("--run", type=Path, required=True, help="folder for the state, the log and the model")
+    common_arguments(parser, steps=4500, decay=0.45, batch=64, lr=4e-3, ema=0.999, log_every=20, eval_every=500)
     parser.add_argument("--init", type=Path, help="start from these weights: a model folder or an original checkpoint")
-    parser.add_argument("--steps", type=int, default=4500, help="optimiser steps in all")
-    parser.add_argument("--decay", type=float, default=0.45, help="last fraction of the run with falling learning rate")
     parser.add_argument("--single-cycle-until", type=int, default=1200, help="train with one H cycle up to this step")
     parser.add_argument("--ramp", type=int, default=1500, help="step from which on the hardest puzzles are drawn too")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights; less for short runs")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--log-every", type=int, default=20)
-    parser.add_argument("--eval-every", type=int, default=500)
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
     console = Console()
     trainer = Trainer(args)
-    state, log = args.run / "state.pt", args.run / "log.csv"
-    if state.exists():
-        trainer.load(state)
-        keep_until(log, trainer.step)
-        console.print(f"resumed {state} at step {trainer.step}")
-    elif args.init:
+    if args.init and not (args.run / STATE).exists():
         trainer.start_from(args.init)
-        console.print(
-            f"started from {args.init}: exact at full steps, by the learned rule, its steps: {trainer.evaluate()}"
-        )
-    fields = ["step", "seconds", "lr", "loss", "cross_entropy", "token_accuracy", "exact_at_halt", "steps_at_halt",
-              "val_exact_full", "val_exact_learned", "val_steps"]  # fmt: skip
-    new = not log.exists()
-    with log.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, fields)
-        if new:
-            writer.writeheader()
-        mean: dict[str, list[float]] = {}
-        while trainer.step < args.steps:
-            began = time.perf_counter()
-            for name, value in trainer.train_step().items():
-                mean.setdefault(name, []).append(value)
-            trainer.seconds += time.perf_counter() - began
-            evaluates = trainer.step % args.eval_every == 0 or trainer.step == args.steps
-            if trainer.step % args.log_every == 0 or evaluates:
-                row: dict[str, Any] = {name: round(float(np.mean(v)), 5) for name, v in mean.items()}
-                row |= {
-                    "step": trainer.step,
-                    "seconds": round(trainer.seconds),
-                    "lr": round(trainer.learning_rate(), 7),
-                }
-                if evaluates:
-                    scores = (round(s, 4) for s in trainer.evaluate())
-                    row |= dict(zip(fields[-3:], scores, strict=True))
-                writer.writerow(row)
-                handle.flush()
-                mean.clear()
-                if evaluates:
-                    trainer.save(state)
-                console.print({k: row[k] for k in fields if k in row}, highlight=False)
+        console.print({"started from": str(args.init), **trainer.evaluate()}, highlight=False)
+    trainer.run(console)
     begun = f"started from {args.init}, " if args.init else ""
     trainer.finish(args.run, f"export/sudoku9/train.py: {begun}{trainer.step} steps of batch {args.batch}")
     console.print(f"wrote {args.run / 'model'} after {trainer.seconds / 3600:.2f} hours of training")

@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import shutil
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +25,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sage_edge.errors import SageError
-from sage_edge.export.learning_curve import keep_until, plot
-from sage_edge.export.training import Ema, Muon, save_state
+from sage_edge.export.learning_curve import LOG, plot
+from sage_edge.export.training import Muon, Training, common_arguments
 
 from .corrupt import IGNORE, Rates, Vocabulary, damage
 from .data import Pair, Texts, load_texts
@@ -111,11 +108,11 @@ class Check:
         return right / total
 
 
-class Trainer:
+class Trainer(Training):
+    model: nn.ModuleList
+
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
-        self.args = args
-        self.device = torch.device(args.device)
         self.texts = load_texts(args.data)
         path = args.run / TOKENIZER
         if not path.exists():
@@ -125,25 +122,25 @@ class Trainer:
             tokens.size, len(self.texts.intents), embedding=args.embedding, hidden_size=args.hidden,
             num_heads=args.heads, layers=args.layers, max_steps=args.max_steps,
         )  # fmt: skip
-        self.model = LanguageModel(self.config)
-        self.model.embed_tokens.requires_grad_(False)  # the table is made of n-grams until the end
+        self.core = LanguageModel(self.config)
+        self.core.embed_tokens.requires_grad_(False)  # the table is made of n-grams until the end
         self.table = WordTable(tokens.names, self.config.embedding)
-        self.both = nn.ModuleList([self.model, self.table]).to(self.device)
+        both = nn.ModuleList([self.core, self.table]).to(args.device)
         self.stream = Stream(self.texts, tokens, args.batch, args.seed)
-        named = [(n, p) for n, p in self.both.named_parameters() if p.requires_grad]
+        named = [(n, p) for n, p in both.named_parameters() if p.requires_grad]
         matrices = [p for n, p in named if ".core." in n]
         others = [p for n, p in named if ".core." not in n]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=args.lr),
-            torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True),
-        ]
-        self.ema = Ema(self.both, args.ema)
-        self.step, self.seconds = 0, 0.0
-        chosen = self.texts.calibration
-        self.checks = {rate: Check(chosen, self.texts.intents, tokens, rate) for rate in (0.0, 0.2)}
+        muon = Muon(matrices, lr=args.lr)
+        adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
+        super().__init__(args, both, (muon, adam), self.stream.rng)
+        parts = {f"val_{round(100 * rate)}": rate for rate in (0.0, 0.2)}
+        self.parts = {
+            name: Check(self.texts.calibration, self.texts.intents, tokens, rate) for name, rate in parts.items()
+        }
+        self.checks = tuple(parts)
 
     def train_step(self) -> dict[str, float]:
-        args, model = self.args, self.model
+        args, model = self.args, self.core
         tokens, targets, intents = (t.to(self.device) for t in self.stream.draw(self.config.seq_len))
         table = self.table.folded()
         context, attend, meaning, words = model.encode(tokens, table)
@@ -165,28 +162,14 @@ class Trainer:
         more = [F.binary_cross_entropy_with_logits(v[:, 1], r) for v, r in zip(q[:-1], rights[1:], strict=True)]
         intent = torch.stack(losses).mean()
         loss = intent + args.word_weight * word + 0.1 * torch.stack(halt + more).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.both.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.ema.update(self.both, self.step)
+        self.update(loss, 1.0)
         return {"loss": float(loss.detach()), "intent_loss": float(intent.detach()), "word_loss": float(word.detach()),
                 "train_accuracy": float(rights[-1].mean())}  # fmt: skip
-
-    def learning_rate(self) -> float:
-        """Warm up over 100 steps, hold, then fall linearly to 2 % over the last part of the run."""
-        args = self.args
-        falling = (args.steps - self.step) / max(1.0, args.decay * args.steps)
-        return float(args.lr * min(1.0, (self.step + 1) / 100) * min(1.0, max(falling, 0.02)))
 
     @torch.no_grad()
     def averaged(self) -> LanguageModel:
         """The model with averaged weights and a plain token table."""
-        both = copy.deepcopy(self.both)
+        both = copy.deepcopy(self.model)
         both.load_state_dict(self.ema.shadow)
         model, table = both[0], both[1]
         assert isinstance(model, LanguageModel)
@@ -197,38 +180,19 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Accuracy of the averaged weights on the calibration half, clean and with a fifth of the words masked."""
         model = self.averaged()
-        return {f"val_{round(100 * rate)}": check.accuracy(model, self.device) for rate, check in self.checks.items()}
+        return {name: check.accuracy(model, self.device) for name, check in self.parts.items()}
 
-    def save(self, path: Path) -> None:
-        state = {
-            "model": self.both.state_dict(), "ema": self.ema.shadow, "step": self.step, "seconds": self.seconds,
-            "optimizers": [o.state_dict() for o in self.optimizers], "torch_rng": torch.get_rng_state(),
-            "numpy_rng": self.stream.rng.bit_generator.state, "queue": self.stream.queue,
-        }  # fmt: skip
-        save_state(path, state)
+    def extra(self) -> dict[str, Any]:
+        return {"queue": self.stream.queue}
 
-    def load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.both.load_state_dict(state["model"])
-        self.ema.shadow = state["ema"]
-        self.step, self.seconds = state["step"], state["seconds"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["torch_rng"].cpu())
-        self.stream.rng.bit_generator.state = state["numpy_rng"]
+    def restore(self, state: dict[str, Any]) -> None:
         self.stream.queue = state["queue"]
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data", type=Path, required=True, help="folder with clinc150_train_val.json.gz")
-    made.add_argument("--run", type=Path, required=True, help="folder for the state, the log and the model")
-    made.add_argument("--steps", type=int, default=3000, help="optimiser steps in all")
-    made.add_argument("--decay", type=float, default=0.5, help="last fraction of the run with falling learning rate")
-    made.add_argument("--batch", type=int, default=96)
-    made.add_argument("--lr", type=float, default=2e-3)
+    common_arguments(made, steps=3000, decay=0.5, batch=96, lr=2e-3, ema=0.998)
     made.add_argument("--weight-decay", type=float, default=0.02, help="of AdamW; Muon's is 0.1")
-    made.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights")
     made.add_argument("--vocab", type=int, default=3072, help="tokens of the tokenizer")
     made.add_argument("--embedding", type=int, default=96)
     made.add_argument("--hidden", type=int, default=192)
@@ -238,10 +202,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--segment", type=int, default=2, help="refinement steps with gradients")
     made.add_argument("--dropout", type=float, default=0.2)
     made.add_argument("--word-weight", type=float, default=0.3)
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--log-every", type=int, default=25)
-    made.add_argument("--eval-every", type=int, default=250)
     return made
 
 
@@ -249,42 +209,16 @@ def train(args: argparse.Namespace, console: Console) -> None:
     """Train to the last step and write what the module's docstring says."""
     args.run.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(args)
-    state, log = args.run / "state.pt", args.run / "log.csv"
-    if state.exists():
-        trainer.load(state)
-        keep_until(log, trainer.step)
-        console.print(f"resumed {state} at step {trainer.step}")
-    checks = [f"val_{round(100 * rate)}" for rate in trainer.checks]
-    fields = ["step", "seconds", "lr", "loss", "intent_loss", "word_loss", "train_accuracy", *checks]
-    clock = time.process_time if trainer.device.type == "cpu" else time.perf_counter
-    new = not log.exists()
-    with log.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, fields)
-        if new:
-            writer.writeheader()
-        mean: dict[str, list[float]] = {}
-        while trainer.step < args.steps:
-            began = clock()
-            for name, value in trainer.train_step().items():
-                mean.setdefault(name, []).append(value)
-            trainer.seconds += clock() - began
-            evaluates = trainer.step % args.eval_every == 0 or trainer.step == args.steps
-            if evaluates or trainer.step % args.log_every == 0:
-                row: dict[str, Any] = {name: round(float(np.mean(v)), 4) for name, v in mean.items()}
-                row |= {"step": trainer.step, "seconds": round(trainer.seconds)}
-                row["lr"] = round(trainer.learning_rate(), 7)
-                if evaluates:
-                    row |= {name: round(value, 4) for name, value in trainer.evaluate().items()}
-                writer.writerow(row)
-                handle.flush()
-                mean.clear()
-                if evaluates:
-                    trainer.save(state)
-                    console.print({k: row[k] for k in fields}, highlight=False)
+    trainer.run(console)
     source = f"plugins_irp/language/train.py: {trainer.step} steps of batch {args.batch}, seed {args.seed}"
     save_model(args.run / "model", trainer.averaged(), trainer.texts.intents, source)
     shutil.copyfile(args.run / TOKENIZER, args.run / "model" / TOKENIZER)
-    plot(log, args.run / "learning-curve.png", {"val_0": "clean", "val_20": "20 % of words masked"}, "intent_loss")
+    plot(
+        args.run / LOG,
+        args.run / "learning-curve.png",
+        {"val_0": "clean", "val_20": "20 % of words masked"},
+        "intent_loss",
+    )
     console.print(f"wrote {args.run / 'model'} after {trainer.seconds / 3600:.2f} hours of training")
 
 

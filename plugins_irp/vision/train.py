@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,17 +26,15 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from sage_edge.errors import InputError, SageError
-from sage_edge.export.learning_curve import keep_until, plot
-from sage_edge.export.training import Ema, Muon, save_state
+from sage_edge.errors import SageError
+from sage_edge.export.learning_curve import LOG, plot
+from sage_edge.export.training import Muon, Training, common_arguments
 
 from .data import MAX_SIGMA, Sets, load_sets, psnr
 from .facts import WHITE, VisionConfig
 from .graphs import save_model
 from .model import FOLD, UNIT, VisionModel
 
-STATE, HOLD = "state.pt", "hold.pt"
-WARM_UP = 50
 CHECK_SIGMA = 25.0
 CAP = 20.0
 USUAL = 1.1  # squared error that a denoiser leaves grows about as sigma ** USUAL (from the PSNR published for DnCNN)
@@ -82,25 +77,23 @@ def check(model: VisionModel, sets: Sets, device: torch.device, sigma: float = C
     return [float(s) / len(sets.chosen) for s in sums]
 
 
-class Trainer:
+class Trainer(Training):
+    model: VisionModel
+    warm_up = 50
+
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
-        self.args = args
-        self.device = torch.device(args.device)
         self.sets = load_sets(args.data)
         self.config = VisionConfig(args.tile, args.fine, args.middle, args.coarse, max_steps=args.max_steps)
-        self.model = VisionModel(self.config).to(self.device)
-        self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.checks = tuple(f"val_{k + 1}" for k in range(self.config.max_steps))
+        model: VisionModel = VisionModel(self.config).to(args.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.stream = Stream(self.sets.train, args.batch, args.patch, args.seed)
-        named = list(self.model.named_parameters())
+        named = list(model.named_parameters())
         inner = [p for n, p in named if ".conv" in n or "core_" in n or "mix" in n]
         outer = [p for n, p in named if not (".conv" in n or "core_" in n or "mix" in n)]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(inner, lr=args.lr, weight_decay=args.weight_decay),
-            torch.optim.AdamW(outer, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
-        ]
-        self.ema = Ema(self.model, args.ema)
-        self.step, self.seconds = 0, 0.0
+        muon = Muon(inner, lr=args.lr, weight_decay=args.weight_decay)
+        adam = torch.optim.AdamW(outer, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        super().__init__(args, model, (muon, adam), self.stream.rng)
 
     def train_step(self) -> dict[str, float]:
         args, model = self.args, self.model
@@ -126,25 +119,12 @@ class Trainer:
             guess[..., 1], left - left[-1:], beta=0.02
         )
         loss: Tensor = (table * weights).sum() / weights.sum() + judge
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.ema.update(model, self.step)
+        norm = self.update(loss, args.clip)
         return {"loss": float(table[-1].detach()), "first_loss": float(table[0].detach()),
-                "judge_loss": float(judge.detach()), "gradient": float(norm)}  # fmt: skip
+                "judge_loss": float(judge.detach()), "gradient": norm}  # fmt: skip
 
-    def falling(self) -> float:
-        """Share of the learning rate that is left: 1 until the fall begins."""
-        left = (self.args.steps - self.step) / max(1.0, self.args.decay * self.args.steps)
-        return float(min(1.0, max(0.02, left)))
-
-    def learning_rate(self) -> float:
-        return float(self.args.lr * min(1.0, (self.step + 1) / WARM_UP) * self.falling())
+    def evaluate(self) -> dict[str, float]:
+        return dict(zip(self.checks, check(self.averaged(), self.sets, self.device), strict=True))
 
     @torch.no_grad()
     def averaged(self) -> VisionModel:
@@ -152,28 +132,6 @@ class Trainer:
         model: VisionModel = copy.deepcopy(self.model)
         model.load_state_dict(self.ema.shadow)
         return model.eval()
-
-    def save(self, path: Path) -> None:
-        state = {
-            "model": self.model.state_dict(), "ema": self.ema.shadow, "step": self.step, "seconds": self.seconds,
-            "optimizers": [o.state_dict() for o in self.optimizers], "torch_rng": torch.get_rng_state(),
-            "numpy_rng": self.stream.rng.bit_generator.state,
-        }  # fmt: skip
-        save_state(path, state)
-
-    def load(self, path: Path) -> None:
-        """Raises InputError where `path` is no state of this model."""
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(state["model"])
-        except (OSError, RuntimeError, KeyError) as error:
-            raise InputError(f"{path}: no state of this model: {str(error).splitlines()[0]}") from error
-        self.ema.shadow = state["ema"]
-        self.step, self.seconds = state["step"], state["seconds"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["torch_rng"].cpu())
-        self.stream.rng.bit_generator.state = state["numpy_rng"]
 
     def write_model(self) -> None:
         """RUN/model and RUN/learning-curve.png of where the training stands."""
@@ -186,37 +144,26 @@ class Trainer:
         save_model(args.run / "model", self.averaged(), source)
         last = self.config.max_steps
         labels = {f"val_{k}": f"{k} steps" for k in (1, last // 2, last)}
-        plot(args.run / "log.csv", args.run / "learning-curve.png", labels, "loss", "PSNR of Set12, dB")
+        plot(args.run / LOG, args.run / "learning-curve.png", labels, "loss", "PSNR of Set12, dB")
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data", type=Path, required=True, help="folder with train400.npz and set12.npz")
-    made.add_argument("--run", type=Path, required=True, help="folder for the state, the log and the model")
+    common_arguments(made, steps=15000, decay=0.4, batch=10, lr=2e-3, ema=0.999, eval_every=1000)
     made.add_argument("--export", type=Path, help="write RUN/model from this state (of RUN, or a path) and end")
-    made.add_argument("--steps", type=int, default=3000, help="optimiser steps in all")
-    made.add_argument("--decay", type=float, default=0.4, help="last fraction of the run with falling learning rate")
-    made.add_argument("--batch", type=int, default=32)
-    made.add_argument("--patch", type=int, default=48, help="pixels of a side, a multiple of 8")
-    made.add_argument("--lr", type=float, default=2e-3)
+    made.add_argument("--patch", type=int, default=64, help="pixels of a side, a multiple of 8")
     made.add_argument("--weight-decay", type=float, default=0.0, help="of Muon")
     made.add_argument("--clip", type=float, default=5.0, help="largest norm of the gradient")
-    made.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights")
     made.add_argument("--shallow", type=int, default=3, help="refinement steps at first")
-    made.add_argument("--shallow-until", type=int, default=1000, help="optimiser steps with that few")
+    made.add_argument("--shallow-until", type=int, default=5000, help="optimiser steps with that few")
     made.add_argument(
-        "--first-weight", type=float, default=0.3, help="weight of the first step's loss beside the last's 1"
+        "--first-weight", type=float, default=0.5, help="weight of the first step's loss beside the last's 1"
     )
     made.add_argument("--tile", type=int, default=96)
     made.add_argument("--fine", type=int, default=32)
     made.add_argument("--middle", type=int, default=64)
     made.add_argument("--coarse", type=int, default=128)
     made.add_argument("--max-steps", type=int, default=6)
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--log-every", type=int, default=25)
-    made.add_argument("--save-every", type=int, default=100)
-    made.add_argument("--eval-every", type=int, default=250)
     return made
 
 
@@ -224,49 +171,14 @@ def train(args: argparse.Namespace, console: Console) -> None:
     """Train to the last step and write what the module's docstring says."""
     args.run.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(args)
-    state, log = args.run / STATE, args.run / "log.csv"
     if args.export:
         trainer.load(args.export if args.export.exists() else args.run / args.export)
-        trainer.write_model()
-        console.print(f"wrote {args.run / 'model'} of step {trainer.step}")
-        return
-    if state.exists():
-        trainer.load(state)
-        keep_until(log, trainer.step)
-        console.print(f"resumed {state} at step {trainer.step}")
-    checks = [f"val_{k + 1}" for k in range(trainer.config.max_steps)]
-    fields = ["step", "seconds", "lr", "loss", "first_loss", "judge_loss", "gradient", *checks]
-    clock = time.process_time if trainer.device.type == "cpu" else time.perf_counter
-    new = not log.exists()
-    with log.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, fields)
-        if new:
-            writer.writeheader()
-        mean: dict[str, list[float]] = {}
-        while trainer.step < args.steps:
-            began, held = clock(), trainer.falling() == 1.0
-            for name, value in trainer.train_step().items():
-                mean.setdefault(name, []).append(value)
-            trainer.seconds += clock() - began
-            last = trainer.step == args.steps
-            evaluates = trainer.step % args.eval_every == 0 or last
-            if evaluates or trainer.step % args.log_every == 0:
-                row: dict[str, Any] = {name: round(float(np.mean(v)), 4) for name, v in mean.items()}
-                row |= {"step": trainer.step, "seconds": round(trainer.seconds)}
-                row["lr"] = round(trainer.learning_rate(), 7)
-                if evaluates:
-                    found = check(trainer.averaged(), trainer.sets, trainer.device)
-                    row |= {name: round(value, 3) for name, value in zip(checks, found, strict=True)}
-                    console.print({k: row[k] for k in fields}, highlight=False)
-                writer.writerow(row)
-                handle.flush()
-                mean.clear()
-            if held and trainer.falling() < 1.0:
-                trainer.save(args.run / HOLD)
-            if trainer.step % args.save_every == 0 or last:
-                trainer.save(state)
+    else:
+        trainer.run(console)
     trainer.write_model()
-    console.print(f"wrote {args.run / 'model'} after {trainer.seconds / 3600:.2f} hours of training")
+    console.print(
+        f"wrote {args.run / 'model'} of step {trainer.step}, after {trainer.seconds / 3600:.2f} hours of training"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,6 +6,19 @@ import csv
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+LOG = "log.csv"
+
+
+def append_row(log: Path, row: Mapping[str, Any]) -> None:
+    """One line more; its names become the header of a new file."""
+    new = not log.exists()
+    with log.open("a", newline="") as handle:
+        writer = csv.DictWriter(handle, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def keep_until(log: Path, step: int) -> None:
