@@ -48,12 +48,10 @@ class StepParity:
 
 
 @dataclass(frozen=True)
-class CheckReport:
-    """All findings, and the table of steps. `passed` only when every finding holds."""
+class Verdict:
+    """The findings of a gate. `passed` only when every one holds."""
 
     findings: tuple[Finding, ...]
-    steps: tuple[StepParity, ...]
-    tolerance: float
 
     @property
     def passed(self) -> bool:
@@ -65,6 +63,14 @@ class CheckReport:
 
     def as_dict(self) -> dict[str, Any]:
         return {"passed": self.passed, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class CheckReport(Verdict):
+    """All findings, and the table of steps."""
+
+    steps: tuple[StepParity, ...]
+    tolerance: float
 
 
 @dataclass(frozen=True)

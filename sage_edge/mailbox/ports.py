@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from sage_edge.mailbox import _native
 from sage_edge.mailbox.errors import ClosedError, FullError
@@ -13,8 +14,49 @@ from sage_edge.mailbox.spec import PortSpec
 from sage_edge.mailbox.view import PortStats, PortView
 from sage_edge.mailbox.waiting import FifoWaiter, remaining
 
+T = TypeVar("T")
+P = TypeVar("P", bound="Receiving[Any]")
 
-class FocusPort(_native.FocusPort):
+
+class Receiving(Generic[T]):
+    """`for item in port`, `async for item in port`, `with port`: until the port is closed."""
+
+    receive: Callable[..., T | None]
+    receive_async: Callable[..., Awaitable[T | None]]
+    close: Callable[[], None]
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        try:
+            item = self.receive()
+        except ClosedError:
+            raise StopIteration from None
+        assert item is not None  # no timeout
+        return item
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        try:
+            item = await self.receive_async()
+        except ClosedError:
+            raise StopAsyncIteration from None
+        assert item is not None
+        return item
+
+    def __enter__(self: P) -> P:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class FocusPort(_native.FocusPort, Receiving[_native.Item]):
     """A focus port: tensors by descriptor, each item to one consumer. Opened by `Mailbox.focus`."""
 
     def __init__(
@@ -69,38 +111,8 @@ class FocusPort(_native.FocusPort):
             self._waiter = FifoWaiter(self)
         return self._waiter
 
-    def __iter__(self) -> FocusPort:
-        return self
 
-    def __next__(self) -> _native.Item:
-        try:
-            item = self.receive()
-        except ClosedError:
-            raise StopIteration from None
-        assert item is not None  # no timeout
-        return item
-
-    def __aiter__(self) -> FocusPort:
-        return self
-
-    async def __anext__(self) -> _native.Item:
-        try:
-            item = await self.receive_async()
-        except ClosedError:
-            raise StopAsyncIteration from None
-        assert item is not None
-        return item
-
-    def __enter__(self) -> FocusPort:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class BroadcastPort(_native.BroadcastPort):
+class BroadcastPort(_native.BroadcastPort, Receiving[_native.Record]):
     """A broadcast port: small records, newest wins, everybody reads all. Opened by `Mailbox.broadcast`."""
 
     def __init__(self, arguments: dict[str, Any], spec: PortSpec, directory: Path, spin_us: float) -> None:
@@ -131,36 +143,6 @@ class BroadcastPort(_native.BroadcastPort):
             self._waiter.close()
             self._waiter = None
         super().close()
-
-    def __iter__(self) -> BroadcastPort:
-        return self
-
-    def __next__(self) -> _native.Record:
-        try:
-            record = self.receive()
-        except ClosedError:
-            raise StopIteration from None
-        assert record is not None  # no timeout
-        return record
-
-    def __aiter__(self) -> BroadcastPort:
-        return self
-
-    async def __anext__(self) -> _native.Record:
-        try:
-            record = await self.receive_async()
-        except ClosedError:
-            raise StopAsyncIteration from None
-        assert record is not None
-        return record
-
-    def __enter__(self) -> BroadcastPort:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _stats(directory: Path, name: str) -> PortStats:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -56,23 +55,11 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class PrecisionReport:
+class PrecisionReport(check.Verdict):
     """All findings, the table of steps and, where data was given, the paired comparison."""
 
-    findings: tuple[Finding, ...]
     steps: tuple[StepError, ...]
     limits: Limits
-
-    @property
-    def passed(self) -> bool:
-        return all(f.passed for f in self.findings)
-
-    @property
-    def failures(self) -> tuple[Finding, ...]:
-        return tuple(f for f in self.findings if not f.passed)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"passed": self.passed, **asdict(self)}
 
 
 def step_errors(low: Runner, reference: Reference, fp32: Runner | None = None) -> tuple[StepError, ...]:
