@@ -4,7 +4,8 @@
 
 An optimiser step takes a batch of training sentences, each damaged anew (corrupt.py): some steps of refinement without
 gradients, so that late steps are practised too, then `--segment` steps with gradients and the loss after each (deep
-supervision, arXiv 2506.21734). Loss: cross-entropy of the intent, and of the words that should stand at damaged places;
+supervision, arXiv 2506.21734). Loss: cross-entropy of the intent, and of the words that should stand at damaged places. Half of
+the intent's target is what a teacher, the averaged weights, says of the sentence before the damage (arXiv 1703.01780);
 the halting heads learn whether this step's intent is right (q_halt) and whether the next one's will be (q_continue).
 RUN gets tokenizer.json, state.pt (to resume), log.csv and, at the end, model/ and learning-curve.png. `seconds` in the log are
 CPU seconds on a CPU.
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -36,6 +38,8 @@ from .model import LanguageModel, WordTable
 from .tokens import TOKENIZER, Tokens, train_tokenizer
 
 BLIND = (0, 0, 0, 1, 2, 3)  # steps without gradients before the segment, drawn evenly
+CROSSED = 0.25  # of the sentences are put together of two of the same intent
+TEACHER_STEPS = 2
 LIGHT = Rates(mask=0.05, typo=0.02, cut=0.1)
 
 
@@ -49,6 +53,7 @@ class Stream:
         number = {name: i for i, name in enumerate(texts.intents)}
         self.words = [tokens.normalise(text).split() for text, _ in texts.train]
         self.labels = np.array([number[intent] for _, intent in texts.train])
+        self.alike = [np.flatnonzero(self.labels == label) for label in range(len(texts.intents))]
         self.length = np.array([len(w) for w in self.words])
         self.queue: list[list[int]] = []
 
@@ -62,22 +67,43 @@ class Stream:
         self.queue = [cut[i] for i in self.rng.permutation(len(cut))]
 
     def rates(self) -> Rates:
-        """A quarter of the sentences gets little damage, the others any amount up to half of their words."""
+        """A fifth of the sentences gets little damage, the others any amount up to three fifths of their words."""
         draw, mask, drop = self.rng.random(3)
-        return LIGHT if draw < 0.25 else Rates(mask=0.5 * mask, drop=0.1 * drop, typo=0.06, cut=0.1)
+        return LIGHT if draw < 0.2 else Rates(mask=0.6 * mask, drop=0.1 * drop, typo=0.06, cut=0.1)
 
-    def draw(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens int32 [batch, n], targets int64 [batch, n], intents int64 [batch]; n at most `limit`."""
+    def sentence(self, row: int) -> list[str]:
+        """The words of a sentence; sometimes it ends as another of the same intent does."""
+        words = self.words[row]
+        if self.rng.random() >= CROSSED:
+            return words
+        other = self.words[self.rng.choice(self.alike[self.labels[row]])]
+        share = self.rng.random()
+        crossed = words[: round(share * len(words))] + other[round(share * len(other)) :]
+        return crossed or words
+
+    def draw(self, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Damaged tokens int32 [batch, n], targets int64 [batch, n], intents int64 [batch] and the tokens before the damage,
+        int32 [batch, m]; n and m at most `limit`."""
         if not self.queue:
             self.refill()
         rows = self.queue.pop()
-        pairs = [damage(self.words[r], self.rates(), self.vocabulary, self.rng) for r in rows]
-        longest = min(limit, max(len(t) for t, _ in pairs))
-        tokens = np.zeros((len(rows), longest), np.int32)
-        targets = np.full((len(rows), longest), IGNORE, np.int64)
-        for at, (found, wanted) in enumerate(pairs):
-            tokens[at, : len(found)], targets[at, : len(found)] = found[:longest], wanted[:longest]
-        return torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(self.labels[rows])
+        sentences = [self.sentence(row) for row in rows]
+        pairs = [damage(words, self.rates(), self.vocabulary, self.rng) for words in sentences]
+        intact = [[piece for word in words for piece in self.vocabulary.pieces(word, True)] for words in sentences]
+        tokens = padded([found for found, _ in pairs], 0, limit).astype(np.int32)
+        targets = padded([wanted for _, wanted in pairs], IGNORE, limit)
+        arrays = (tokens, targets, self.labels[rows], padded(intact, 0, limit).astype(np.int32))
+        first, second, third, fourth = (torch.from_numpy(array) for array in arrays)
+        return first, second, third, fourth
+
+
+def padded(rows: list[list[int]], fill: int, limit: int) -> npt.NDArray[np.int64]:
+    """int64 [len(rows), longest row, at most `limit`]."""
+    longest = min(limit, max(map(len, rows)))
+    table = np.full((len(rows), longest), fill, np.int64)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row[:longest]
+    return table
 
 
 class Check:
@@ -133,15 +159,38 @@ class Trainer(Training):
         muon = Muon(matrices, lr=args.lr)
         adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
         super().__init__(args, both, (muon, adam), self.stream.rng)
+        self.teacher = copy.deepcopy(both).requires_grad_(False)
+        self.follow()
         parts = {f"val_{round(100 * rate)}": rate for rate in (0.0, 0.2)}
         self.parts = {
             name: Check(self.texts.calibration, self.texts.intents, tokens, rate) for name, rate in parts.items()
         }
         self.checks = tuple(parts)
 
+    def follow(self) -> None:
+        """Let the teacher's weights be the averaged ones."""
+        for name, p in self.teacher.named_parameters():
+            p.data = self.ema.shadow[name]
+
+    @torch.no_grad()
+    def taught(self, intact: Tensor) -> Tensor:
+        """What the averaged weights say of the sentences before the damage: shares of the intents, float32 [batch, intents]."""
+        model, table = self.teacher[0], self.teacher[1]
+        assert isinstance(model, LanguageModel)
+        assert isinstance(table, WordTable)
+        context, attend, meaning, words = model.encode(intact, table.folded())
+        for _ in range(TEACHER_STEPS):
+            meaning, words = model.step(context, attend, meaning, words)
+        return model.intent_logits(meaning)[:, 0].softmax(-1)
+
     def train_step(self) -> dict[str, float]:
         args, model = self.args, self.core
-        tokens, targets, intents = (t.to(self.device) for t in self.stream.draw(self.config.seq_len))
+        tokens, targets, intents, intact = (t.to(self.device) for t in self.stream.draw(self.config.seq_len))
+        # What the label says (a tenth spread over all), and what the teacher says, once it knows something.
+        trust = args.teacher * min(1.0, self.step / 1000)
+        wanted = F.one_hot(intents, self.config.intents) * 0.9 + 0.1 / self.config.intents
+        if trust:
+            wanted = (1 - trust) * wanted + trust * self.taught(intact)
         table = self.table.folded()
         context, attend, meaning, words = model.encode(tokens, table)
         context = F.dropout(context, args.dropout)
@@ -152,7 +201,7 @@ class Trainer(Training):
         for _ in range(args.segment):
             meaning, words = model.step(context, attend, meaning, words)
             logits = model.intent_logits(F.dropout(meaning, args.dropout))[:, 0]
-            losses.append(F.cross_entropy(logits, intents, label_smoothing=0.1))
+            losses.append(F.cross_entropy(logits, wanted))
             rights.append((logits.argmax(-1) == intents).float())
             q.append(model.q_values(meaning.detach()))
         # All places with damage, and a fifth of the intact ones.
@@ -187,6 +236,7 @@ class Trainer(Training):
 
     def restore(self, state: dict[str, Any]) -> None:
         self.stream.queue = state["queue"]
+        self.follow()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -201,6 +251,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-steps", type=int, default=6)
     made.add_argument("--segment", type=int, default=2, help="refinement steps with gradients")
     made.add_argument("--dropout", type=float, default=0.2)
+    made.add_argument("--teacher", type=float, default=0.5, help="weight of the teacher's word beside the label's")
     made.add_argument("--word-weight", type=float, default=0.3)
     return made
 
