@@ -16,7 +16,7 @@ class VisionConfig:
     channels of the latent at 1/2, 1/4 and 1/8 of the image's resolution; pooled: width of the judging head. Raises
     ValueError, naming the field, for what is no model."""
 
-    tile: int = 96
+    tile: int = 72
     fine: int = 32
     middle: int = 64
     coarse: int = 128

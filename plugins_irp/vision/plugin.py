@@ -53,7 +53,7 @@ class Vision(EnginePlugin):
     outputs = ("prediction",)
 
     def __init__(
-        self, spec: PluginSpec, engine: str = "bundle", threads: int | None = None, overlap: int = 12,
+        self, spec: PluginSpec, engine: str = "bundle", threads: int | None = None, overlap: int = 8,
         rest: float = 0.005,
     ) -> None:  # fmt: skip
         super().__init__(spec, str(FOLDER / engine) if (FOLDER / engine).is_dir() else engine, threads)

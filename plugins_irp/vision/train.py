@@ -84,7 +84,7 @@ class Trainer(Training):
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.sets = load_sets(args.data)
-        self.config = VisionConfig(args.tile, args.fine, args.middle, args.coarse, max_steps=args.max_steps)
+        self.config = VisionConfig(args.tile, args.fine, args.middle, args.coarse, args.pooled, args.max_steps)
         self.checks = tuple(f"val_{k + 1}" for k in range(self.config.max_steps))
         model: VisionModel = VisionModel(self.config).to(args.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.stream = Stream(self.sets.train, args.batch, args.patch, args.seed)
@@ -159,10 +159,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--first-weight", type=float, default=0.5, help="weight of the first step's loss beside the last's 1"
     )
-    made.add_argument("--tile", type=int, default=96)
+    made.add_argument("--tile", type=int, default=72)
     made.add_argument("--fine", type=int, default=32)
     made.add_argument("--middle", type=int, default=64)
     made.add_argument("--coarse", type=int, default=128)
+    made.add_argument("--pooled", type=int, default=32, help="width of the head that judges")
     made.add_argument("--max-steps", type=int, default=6)
     return made
 
