@@ -204,6 +204,7 @@ def test_quality_on_set12_and_opencv_beside(plugin: Vision) -> None:
     pytest.importorskip("cv2")
     images = load_sets(data_folder()).chosen[:2]
     (row,) = beside_opencv(plugin, images, RULE, [25.0])
-    assert row["ours"] > row["theirs"]
+    decibels = row["decibels"]
+    assert decibels["halted"] > decibels["one_step"] > decibels["opencv"]
     halting = judged(record(plugin, images, 5), RULE)
     assert halting[0]["lost"] < 0.15
