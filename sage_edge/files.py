@@ -29,6 +29,15 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(data)
 
 
+def require_writable(path: Path) -> None:
+    """Find out before long work that `path` can become a file after it. Raises InputError."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected the name of a file to write")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written: {folder} is no folder that you may write to; name another")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary file beside `path`; when the block ends well it is synced and renamed to `path`, else removed."""

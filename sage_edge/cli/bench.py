@@ -15,8 +15,10 @@ from sage_edge.cli.output import Subparsers, command, positive, print_json, prin
 from sage_edge.config import load_yaml
 from sage_edge.device import usable_cores
 from sage_edge.errors import InputError
-from sage_edge.files import write_atomic
+from sage_edge.files import require_writable, write_atomic
 from sage_edge.models import REFERENCE_MODEL
+
+RESULTS = Path("benchmarks/results")
 
 
 def add(subparsers: Subparsers) -> None:
@@ -68,11 +70,12 @@ def add(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    require_writable(arguments.output or RESULTS / "report.json")
     report = {"mailbox": _mailbox, "irp": _irp}.get(arguments.suite, _model)(arguments)
     architecture = report["machine"]["architecture"]
     commit = (report["commit"] or "release")[:10]
     suffix = "-slots" if arguments.suite == "slots" else ""
-    path = arguments.output or Path("benchmarks/results") / f"{report['case']}{suffix}-{architecture}-{commit}.json"
+    path = arguments.output or RESULTS / f"{report['case']}{suffix}-{architecture}-{commit}.json"
     write_atomic(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
     if arguments.json:
         print_json(report)

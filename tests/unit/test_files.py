@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sage_edge.errors import InputError
-from sage_edge.files import replacing, replacing_directory, sha256, write_atomic
+from sage_edge.files import replacing, replacing_directory, require_writable, sha256, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -64,3 +64,13 @@ def test_only_folders_of_ours_are_replaced(tmp_path: Path) -> None:
 def test_sha256_is_the_known_one(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_what_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new" / "report.json")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(InputError, match="is a folder"):
+        require_writable(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="no folder that you may write to"):
+        require_writable(tmp_path / "file" / "report.json")
