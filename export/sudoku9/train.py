@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from sage_edge.errors import InputError, SageError
 from sage_edge.export.hrm import HRM
 from sage_edge.export.layers import Block
 from sage_edge.export.learning_curve import LOG, plot
@@ -264,7 +265,7 @@ class Trainer(Training):
 
         recipe, model = open_model(folder)
         if recipe.config != self.config:
-            raise SystemExit(f"{folder}: its architecture is {recipe.config}, this run trains {self.config}")
+            raise InputError(f"{folder}: its architecture is {recipe.config}, this run trains {self.config}")
         self.model.load_state_dict(model.state_dict())
         self.ema = Ema(self.model, self.ema.decay)
 
@@ -291,9 +292,15 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    args = parser.parse_args()
+    try:
+        train(parser.parse_args(), Console())
+    except SageError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def train(args: argparse.Namespace, console: Console) -> None:
+    """Train to the last step and write what the module's docstring says."""
     args.run.mkdir(parents=True, exist_ok=True)
-    console = Console()
     trainer = Trainer(args)
     if args.init and not (args.run / STATE).exists():
         trainer.start_from(args.init)

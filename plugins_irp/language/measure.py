@@ -23,7 +23,7 @@ import numpy.typing as npt
 from sage_edge.cli.output import print_table
 from sage_edge.device import machine
 from sage_edge.errors import SageError
-from sage_edge.files import sha256, write_atomic
+from sage_edge.files import require_writable, sha256, write_atomic
 from sage_edge.irp.calibrate import Calibration, Promise, calibrate
 from sage_edge.irp.families import PLUGIN_FAMILIES
 from sage_edge.irp.plugin import Examples
@@ -264,6 +264,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()
     try:
+        if arguments.output:
+            require_writable(arguments.output)
         spec = load_spec(FOLDER)
         with Language(spec, **spec.options) as plugin:
             found = measure(plugin, load_texts(arguments.data).first(arguments.limit))

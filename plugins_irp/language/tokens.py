@@ -52,7 +52,11 @@ class Tokens:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, word by word; any text has some, but for one without words."""
-        return [piece for word in self.normalise(text).split() for piece in self.pieces(word, True)]
+        return self.ids(self.normalise(text).split())
+
+    def ids(self, words: Iterable[str]) -> list[int]:
+        """Ids of the words of a normalised text."""
+        return [piece for word in words for piece in self.pieces(word, True)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; padding and empty places vanish, a mask reads `<mask>`."""
@@ -66,10 +70,10 @@ class Tokens:
             return (SPECIAL.index(text),)
         return tuple(piece.id for piece in self.tokenizer.model.tokenize(WORD + text if first else text))
 
-    def batch(self, sequences: Iterable[Sequence[int]], length: int) -> npt.NDArray[np.int32]:
-        """int32 [n, length], padded with 0; what is longer is cut at the end."""
+    def batch(self, sequences: Iterable[Sequence[int]], length: int, fill: int = 0) -> npt.NDArray[np.int32]:
+        """int32 [n, length], padded with `fill`; what is longer is cut at the end."""
         rows = list(sequences)
-        out = np.zeros((len(rows), length), np.int32)
+        out = np.full((len(rows), length), fill, np.int32)
         for row, ids in enumerate(rows):
             out[row, : min(len(ids), length)] = ids[:length]
         return out

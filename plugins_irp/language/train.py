@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -48,6 +47,7 @@ class Stream:
 
     def __init__(self, texts: Texts, tokens: Tokens, batch: int, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
+        self.tokens = tokens
         self.vocabulary = Vocabulary(tokens.mask, tokens.empty, tokens.pieces)
         self.batch = batch
         number = {name: i for i, name in enumerate(texts.intents)}
@@ -89,21 +89,14 @@ class Stream:
         rows = self.queue.pop()
         sentences = [self.sentence(row) for row in rows]
         pairs = [damage(words, self.rates(), self.vocabulary, self.rng) for words in sentences]
-        intact = [[piece for word in words for piece in self.vocabulary.pieces(word, True)] for words in sentences]
-        tokens = padded([found for found, _ in pairs], 0, limit).astype(np.int32)
-        targets = padded([wanted for _, wanted in pairs], IGNORE, limit)
-        arrays = (tokens, targets, self.labels[rows], padded(intact, 0, limit).astype(np.int32))
-        first, second, third, fourth = (torch.from_numpy(array) for array in arrays)
-        return first, second, third, fourth
+        damaged = self.table([found for found, _ in pairs], limit)
+        targets = self.table([wanted for _, wanted in pairs], limit, IGNORE).long()
+        intact = self.table([self.tokens.ids(words) for words in sentences], limit)
+        return damaged, targets, torch.from_numpy(self.labels[rows]), intact
 
-
-def padded(rows: list[list[int]], fill: int, limit: int) -> npt.NDArray[np.int64]:
-    """int64 [len(rows), longest row, at most `limit`]."""
-    longest = min(limit, max(map(len, rows)))
-    table = np.full((len(rows), longest), fill, np.int64)
-    for line, row in zip(table, rows, strict=True):
-        line[: len(row)] = row[:longest]
-    return table
+    def table(self, rows: list[list[int]], limit: int, fill: int = 0) -> Tensor:
+        """int32 [len(rows), longest row, at most `limit`]."""
+        return torch.from_numpy(self.tokens.batch(rows, min(limit, max(map(len, rows))), fill))
 
 
 class Check:
@@ -134,6 +127,14 @@ class Check:
         return right / total
 
 
+def parts_of(both: nn.ModuleList) -> tuple[LanguageModel, WordTable]:
+    """What a Trainer trains, with its types."""
+    model, table = both
+    assert isinstance(model, LanguageModel)
+    assert isinstance(table, WordTable)
+    return model, table
+
+
 class Trainer(Training):
     model: nn.ModuleList
 
@@ -159,25 +160,20 @@ class Trainer(Training):
         muon = Muon(matrices, lr=args.lr)
         adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
         super().__init__(args, both, (muon, adam), self.stream.rng)
+        # The averaged weights, usable at any time: its parameters are the average's own tensors.
         self.teacher = copy.deepcopy(both).requires_grad_(False)
-        self.follow()
+        for name, p in self.teacher.named_parameters():
+            p.data = self.ema.shadow[name]
         parts = {f"val_{round(100 * rate)}": rate for rate in (0.0, 0.2)}
         self.parts = {
             name: Check(self.texts.calibration, self.texts.intents, tokens, rate) for name, rate in parts.items()
         }
         self.checks = tuple(parts)
 
-    def follow(self) -> None:
-        """Let the teacher's weights be the averaged ones."""
-        for name, p in self.teacher.named_parameters():
-            p.data = self.ema.shadow[name]
-
     @torch.no_grad()
     def taught(self, intact: Tensor) -> Tensor:
         """What the averaged weights say of the sentences before the damage: shares of the intents, float32 [batch, intents]."""
-        model, table = self.teacher[0], self.teacher[1]
-        assert isinstance(model, LanguageModel)
-        assert isinstance(table, WordTable)
+        model, table = parts_of(self.teacher)
         context, attend, meaning, words = model.encode(intact, table.folded())
         for _ in range(TEACHER_STEPS):
             meaning, words = model.step(context, attend, meaning, words)
@@ -218,11 +214,7 @@ class Trainer(Training):
     @torch.no_grad()
     def averaged(self) -> LanguageModel:
         """The model with averaged weights and a plain token table."""
-        both = copy.deepcopy(self.model)
-        both.load_state_dict(self.ema.shadow)
-        model, table = both[0], both[1]
-        assert isinstance(model, LanguageModel)
-        assert isinstance(table, WordTable)
+        model, table = parts_of(copy.deepcopy(self.teacher))
         model.embed_tokens.embedding_weight.copy_(table.folded())
         return model.eval()
 
@@ -236,7 +228,6 @@ class Trainer(Training):
 
     def restore(self, state: dict[str, Any]) -> None:
         self.stream.queue = state["queue"]
-        self.follow()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sage_edge.arrays import read_npz
 from sage_edge.cli.output import print_table
 from sage_edge.device import machine
 from sage_edge.errors import InputError, SageError
-from sage_edge.files import write_atomic
+from sage_edge.files import require_writable, write_atomic
 from sage_edge.irp.measure import Recorded, calibrated, record_traces
 from sage_edge.irp.spec import load_spec
 from sage_edge.irp.traces import steps_taken
@@ -68,8 +69,8 @@ def beside_opencv(
     plugin: Vision, images: Sequence[Bytes], policy: str, sigmas: Sequence[float]
 ) -> list[dict[str, Any]]:
     """The same 8-bit noisy images through the halted plugin, one step of it, and cv2.fastNlMeansDenoising, interleaved, one
-    thread each. Non-local means
-    is told the noise level, and its strength is chosen for it on the first four images. Raises InputError without OpenCV."""
+    thread each. Non-local means is told the noise level, and its strength is chosen for it on the first four images. Raises
+    InputError without OpenCV."""
     try:
         import cv2
     except ModuleNotFoundError as error:
@@ -86,7 +87,7 @@ def beside_opencv(
         ]
         best = STRENGTHS[int(np.argmax(strengths))]
         ways: dict[str, Callable[[Bytes], npt.NDArray[Any]]] = {
-            "opencv": lambda image, h=best * sigma: cv2.fastNlMeansDenoising(image, None, h),  # type: ignore[misc]
+            "opencv": partial(cv2.fastNlMeansDenoising, dst=None, h=best * sigma),
             "halted": lambda image: answer(plugin, image, policy).image,
             "one_step": lambda image: answer(plugin, image, "max_steps:1").image,
         }
@@ -232,6 +233,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()
     try:
+        if arguments.output:
+            require_writable(arguments.output)
         spec = load_spec(FOLDER)
         with Vision(spec, threads=arguments.threads, **spec.options) as plugin:
             found = measure(

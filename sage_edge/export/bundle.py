@@ -17,9 +17,10 @@ from sage_edge import __version__
 from sage_edge.bundle import BUNDLE_FILE, Bundle, Graphs, GraphSpec, Provenance, model_spec, save_bundle
 from sage_edge.check import Reference, check, load_reference
 from sage_edge.device import usable_cores, version
+from sage_edge.engines.graph_cost import graph_cost
 from sage_edge.engines.ort import OrtRunner
 from sage_edge.errors import GateError
-from sage_edge.export.graph import SIGNALS, Decode, Encode, Refine, export_graph, matmul_gflop, use_matmuls
+from sage_edge.export.graph import SIGNALS, Decode, Encode, Refine, export_graph, use_matmuls
 from sage_edge.export.hrm import HRM
 from sage_edge.export.recipe import Recipe
 from sage_edge.files import replacing_directory, sha256
@@ -166,7 +167,7 @@ def write_bundle(
             name=model.name,
             precision="fp32",
             parameters=model.parameters,
-            step_gflop=round(matmul_gflop(folder / "refine.onnx"), 6),
+            step_gflop=round(graph_cost(folder / "refine.onnx", 1).flops / 1e9, 6),
             max_steps=model.max_steps,
             signals=model.signals,
             graphs=graphs,

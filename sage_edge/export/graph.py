@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -235,26 +234,3 @@ def refuse_unportable(model: onnx.ModelProto, name: str) -> None:
             raise GateError(
                 f"{name}: node {node.name!r} is {node.domain}:{node.op_type}, not portable to TensorRT 10.3"
             )
-
-
-def matmul_gflop(graph_file: Path) -> float:
-    """GFLOP of all matrix products and convolutions of an exported graph for one slot; elementwise work is not counted."""
-    model = onnx.load(str(graph_file), load_external_data=False)
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].ClearField("dim_param")
-        value.type.tensor_type.shape.dim[0].dim_value = 1
-    del model.graph.value_info[:]
-    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    shapes = {i.name: tuple(i.dims) for i in model.graph.initializer}
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
-        shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
-    total = 0
-    for node in model.graph.node:
-        if node.op_type in ("MatMul", "Gemm"):
-            inner = shapes[node.input[0]][-1]
-            total += 2 * inner * int(np.prod(shapes[node.output[0]]))
-        elif node.op_type == "Conv":  # weight [out, in / groups, h, w]: each output value is a sum over one filter
-            total += 2 * int(np.prod(shapes[node.input[1]][1:])) * int(np.prod(shapes[node.output[0]]))
-        elif node.op_type == "ConvTranspose":  # weight [in, out / groups, h, w]: each input value goes into one filter
-            total += 2 * int(np.prod(shapes[node.input[1]][1:])) * int(np.prod(shapes[node.input[0]]))
-    return total / 1e9

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from sage_edge.files import write_atomic
 
 LOG = "log.csv"
 
@@ -24,9 +25,7 @@ def append_row(log: Path, row: Mapping[str, Any]) -> None:
 def keep_until(log: Path, step: int) -> None:
     """Drop what was logged after the state was saved: those steps are about to be taken again."""
     header, *rows = log.read_text().splitlines(keepends=True)
-    temporary = log.with_suffix(".tmp")
-    temporary.write_text("".join([header, *(row for row in rows if int(row.split(",")[0]) <= step)]))
-    os.replace(temporary, log)
+    write_atomic(log, "".join([header, *(row for row in rows if int(row.split(",")[0]) <= step)]))
 
 
 def plot(log: Path, image: Path, quality: Mapping[str, str], loss: str, title: str = "accuracy") -> None:

@@ -143,9 +143,10 @@ class Training(ABC):
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
-        except (OSError, RuntimeError, KeyError) as error:
-            raise InputError(f"{path}: no state of this model: {str(error).splitlines()[0]}") from error
-        self.ema.shadow = state["ema"]
+        except Exception as error:  # a damaged file: UnpicklingError, EOFError, IndexError, whatever its bytes lead to
+            raise InputError(f"{path}: no state of this model: {(str(error) or 'damaged').splitlines()[0]}") from error
+        for name, average in self.ema.shadow.items():
+            average.copy_(state["ema"][name])
         self.step, self.seconds = state["step"], state["seconds"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

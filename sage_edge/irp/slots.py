@@ -88,15 +88,18 @@ class SlotBank:
         Raises what the engine raises; the seats of that call are lost then.
         """
         self._require_all(seats)
-        self._merge(seats)
         parts, homeless = self._by_company(seats)
-        size = self.runner.slots
+        parts.sort(key=len)
+        needed = -(-len(seats) // self.runner.slots)
+        while len(parts) > needed:  # small companies dissolve
+            for seat in (smallest := parts.pop(0)):
+                self._park(seat)
+            homeless += smallest
         for part in parts:  # who comes sits down where there is room
-            room = size - len(part)
+            room = self.runner.slots - len(part)
             part += homeless[:room]
             del homeless[:room]
-        parts += [homeless[start : start + size] for start in range(0, len(homeless), size)]
-        for part in parts:
+        for part in (*parts, *self._calls(homeless)):
             company = next((seat.company for seat in part if seat.company is not None), None) or self._new_company()
             try:
                 signals = self.runner.refine(self._arrange(company, part))
@@ -112,9 +115,8 @@ class SlotBank:
         """Outputs of the decode graph, [len(seats), ...]."""
         self._require_all(seats)
         parts, homeless = self._by_company(seats)
-        size = self.runner.slots
         found: dict[Seat, dict[str, Array]] = {}
-        for part in (*parts, *(homeless[start : start + size] for start in range(0, len(homeless), size))):
+        for part in (*parts, *self._calls(homeless)):
             # Residents are decoded where they are, along with their neighbours.
             company = part[0].company or self._new_company()
             state = company.state if part[0].company and company.state else self._arrange(company, part)
@@ -125,10 +127,8 @@ class SlotBank:
     def pack(self, seats: Sequence[Seat]) -> dict[str, Array]:
         """Context and carry of the seats, [len(seats), ...]; those who are resident stay where they are."""
         self._require_all(seats)
-        raw = [seat for seat in seats if seat.observation is not None]
-        size = self.runner.slots
-        for start in range(0, len(raw), size):
-            self._arrange(self._new_company(), raw[start : start + size])
+        for part in self._calls([seat for seat in seats if seat.observation is not None]):
+            self._arrange(self._new_company(), part)
         each = [self._read(seat) for seat in seats]
         return {name: np.concatenate([arrays[name] for arrays in each]) for name in each[0]}
 
@@ -151,20 +151,20 @@ class SlotBank:
                 parts.setdefault(seat.company, []).append(seat)
         return list(parts.values()), [seat for seat in seats if seat.company is None]
 
-    def _merge(self, seats: Sequence[Seat]) -> None:
-        """Dissolve small companies until there are no more than `seats` need."""
-        parts, _ = self._by_company(seats)
-        parts.sort(key=len)
-        needed = -(-len(seats) // self.runner.slots)
-        for part in parts[: max(0, len(parts) - needed)]:
-            for seat in part:
-                self._park(seat)
+    def _calls(self, seats: list[Seat]) -> list[list[Seat]]:
+        """As many at a time as the engine takes."""
+        size = self.runner.slots
+        return [seats[start : start + size] for start in range(0, len(seats), size)]
 
     def _park(self, seat: Seat) -> None:
         seat.parked = self._read(seat)
         assert seat.company is not None
         seat.company.seats.remove(seat)
         seat.company = None
+
+    def _park_all(self, company: Company) -> None:
+        for seat in list(company.seats):
+            self._park(seat)
 
     def _read(self, seat: Seat) -> dict[str, Array]:
         if seat.company is None or seat.company.state is None:
@@ -180,8 +180,7 @@ class SlotBank:
             self._companies.append(company)
         if company is None:
             company = self._companies[0]
-            for seat in list(company.seats):
-                self._park(seat)
+            self._park_all(company)
         return company
 
     def _arrange(self, company: Company, seats: list[Seat]) -> State:
@@ -218,8 +217,7 @@ class SlotBank:
                 other = next((c for c in self._companies if c is not company), None)
                 if other is None:
                     raise
-                for seat in list(other.seats):
-                    self._park(seat)
+                self._park_all(other)
                 self._companies.remove(other)
                 other.state = None
                 self.limit = len(self._companies)

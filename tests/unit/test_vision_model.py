@@ -111,6 +111,9 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {}}, tmp_path / "other.pt")
     with pytest.raises(SystemExit, match="no state of this model"):
         main(["--data", str(tmp_path), "--run", str(tmp_path / "run"), "--export", str(tmp_path / "other.pt")])
+    (tmp_path / "damaged.pt").write_text("bad")
+    with pytest.raises(SystemExit, match=r"damaged\.pt: no state of this model"):
+        main(["--data", str(tmp_path), "--run", str(tmp_path / "run"), "--export", str(tmp_path / "damaged.pt")])
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:
