@@ -5,11 +5,10 @@ new items drawn like them is at most `max_loss`. It needs that the items are ind
 from where these came from; nothing is assumed of the model, the signals or how they are spread.
 
 How (Learn then Test, arXiv 2110.01052; for early exits: CALM, arXiv 2207.07061, and "Fast yet Safe", NeurIPS 2024,
-arXiv 2405.20915): "the mean loss of this policy exceeds max_loss" is tested with an exact binomial (0/1 losses) or a
-Hoeffding-Bentkus (losses in [0, 1]) p-value. A path of policies is tested from the safest, full steps, towards the
-boldest, each at the whole error budget 1 - confidence, and ends at the first that is not rejected. This fixed-sequence
-test certifies wrongly only if it rejects the first policy on the path that is truly too lossy: one test at one budget,
-however fine the grid.
+arXiv 2405.20915): "the mean loss of this policy exceeds max_loss" is tested exactly (0/1 losses) or by betting (losses in
+[0, 1]), see `risk`. A path of policies is tested from the safest, full steps, towards the boldest, each at the whole error
+budget 1 - confidence, and ends at the first that is not rejected. This fixed-sequence test certifies wrongly only if it
+rejects the first policy on the path that is truly too lossy: one test at one budget, however fine the grid.
 
 Several families: a fixed share of the items (DESIGN_SHARE, drawn by a fixed seed) only picks the path that looks best;
 the others, which had no part in that choice, certify along it at the whole budget. The alternative, splitting the error
@@ -34,7 +33,7 @@ import numpy.typing as npt
 
 from sage_edge.errors import InputError
 from sage_edge.irp.families import FAMILIES, Path, acceptance_paths, needs, paths
-from sage_edge.irp.risk import allowed_loss, items_needed, p_value, upper_bound
+from sage_edge.irp.risk import allowed_loss, binomial_bound, binomial_tail, certifies, items_needed, upper_bound
 from sage_edge.irp.traces import Steps, Traces, fires, steps_taken
 
 DESIGN_SHARE = 0.25
@@ -210,10 +209,10 @@ def _split(shuffled: Rows, count: int) -> tuple[Rows, Rows]:
 
 
 def _require_items(certifying: int, total: int, promise: Promise) -> None:
-    if allowed_loss(certifying, promise.max_loss, promise.error, promise.loss.binary) >= 0:
-        return
     least = items_needed(0.0, promise.max_loss, promise.error, promise.loss.binary)
     assert least is not None  # with no loss at all some number always does
+    if certifying >= least:
+        return
     share = certifying / total if certifying else DESIGN_SHARE
     raise InputError(
         f"too little data: {total} items cannot show a loss of at most {promise.max_loss:g} with confidence "
@@ -222,28 +221,28 @@ def _require_items(certifying: int, total: int, promise: Promise) -> None:
     )
 
 
-def _walk(table: Table, rows: Rows, passes: Callable[[float], bool]) -> int:
-    """Index of the last policy before the first whose total loss does not pass; -1 when already the first does not."""
-    for index, total in enumerate(_totals(table, rows)):
-        if not passes(float(total)):
+def _walk(table: Table, rows: Rows, promise: Promise) -> int:
+    """Index of the last policy before the first that these items do not certify; -1 when they do not the first."""
+    allowed = allowed_loss(len(rows), promise.max_loss, promise.error) if promise.loss.binary else 0
+    for index, row in enumerate(table.losses):
+        losses = row[rows]
+        if promise.loss.binary:
+            certified = losses.sum() <= allowed
+        else:
+            certified = certifies(losses, promise.max_loss, promise.error, False)
+        if not certified:
             return index - 1
     return len(table.losses) - 1
 
 
-def _totals(table: Table, rows: Rows) -> Losses:
-    """Total loss of each policy over `rows`, [m]. Summed in float64: exact for 0/1 losses."""
-    counts = np.bincount(rows, minlength=table.losses.shape[1]).astype(np.float64)
-    return np.asarray(table.losses @ counts, np.float64)
-
-
 def _best_looking(tables: Sequence[Table], design: Rows, certifying: int, promise: Promise) -> Table:
-    """The path that, judged by the design items, will be certified at the fewest steps."""
+    """The path that will be certified at the fewest steps, if the items to come are like the design items."""
     if len(tables) == 1:
         return tables[0]
-    allowed = allowed_loss(certifying, promise.max_loss, promise.error, promise.loss.binary) / certifying * len(design)
+    alike = np.resize(design, certifying)
 
     def steps(table: Table) -> float:
-        index = _walk(table, design, lambda total: total <= allowed)
+        index = _walk(table, alike, promise)
         return math.inf if index < 0 else float(table.taken[index, design].mean())
 
     return min(tables, key=steps)
@@ -252,32 +251,27 @@ def _best_looking(tables: Sequence[Table], design: Rows, certifying: int, promis
 def _certify(table: Table, rows: Rows, promise: Promise, per_item: float) -> Certified:
     """Fixed-sequence testing along one path. per_item: items in all for each item that certifies."""
     binary, limit, items = promise.loss.binary, promise.max_loss, len(rows)
-    whole = allowed_loss(items, limit, promise.error, binary)  # spares the p-value of whole sums, which are most
-
-    def rejected(total: float) -> bool:
-        return total <= whole or (not binary and p_value(total, items, limit, binary) <= promise.error)
-
-    index = _walk(table, rows, rejected)
+    index = _walk(table, rows, promise)
+    losses = table.losses[max(index, 0), rows]
     if index < 0:
-        total = float(_totals(table, rows)[0])
-        enough = items_needed(total / items, limit, promise.error, binary)
+        mean = float(losses.mean())
+        enough = items_needed(mean, limit, promise.error, binary)
         cure = (
             f"about {math.ceil(enough * per_item) + 2} items like these would do"
             if enough
             else "no number of items will do: allow a larger loss, or use a better model"
         )
         raise InputError(
-            f"full steps already have a loss ({promise.loss.name}) of {total / items:.4f} on {items} items, which does "
+            f"full steps already have a loss ({promise.loss.name}) of {mean:.4f} on {items} items, which does "
             f"not show at most {limit:g} with confidence {promise.confidence:g}; {cure}"
         )
-    total = float(_totals(table, rows)[index])
     return Certified(
         table.path.family,
         table.path.policies[index],
         table.path.thresholds[index],
         items,
-        total,
-        upper_bound(total, items, promise.error, binary),
+        float(losses.sum()),
+        upper_bound(losses, promise.error, binary),
         float(table.taken[index, rows].mean()),
     )
 
@@ -305,9 +299,7 @@ def _accept(
         counts = accepts[:, known].sum(1)
         wrongs = (accepts & wrong)[:, known].sum(1)
         # What the fresh items would say if they were exactly like these; begin where that is most convincing.
-        guess = [
-            p_value(math.ceil(w * scale), int(c * scale), limit, True) for c, w in zip(counts, wrongs, strict=True)
-        ]
+        guess = [_tail(math.ceil(w * scale), int(c * scale), limit) for c, w in zip(counts, wrongs, strict=True)]
         start = int(np.argmin(guess))
         end = start
         while end + 1 < len(guess) and guess[end + 1] <= error:
@@ -319,13 +311,18 @@ def _accept(
     _, start, path, accepts = best
     counts, wrongs = accepts[:, fresh].sum(1), (accepts & wrong)[:, fresh].sum(1)
     last = start - 1
-    while last + 1 < len(counts) and p_value(int(wrongs[last + 1]), int(counts[last + 1]), limit, True) <= error:
+    while last + 1 < len(counts) and _tail(int(wrongs[last + 1]), int(counts[last + 1]), limit) <= error:
         last += 1
     if last < start:
         raise InputError(_too_few_accepted(int(counts[start]), int(wrongs[start]), len(fresh), total, rate, error))
     accepted, errors = int(counts[last]), int(wrongs[last])
-    bound = upper_bound(errors, accepted, error, True)
+    bound = binomial_bound(errors, accepted, error)
     return Acceptance(path.policies[last], rate, len(fresh), accepted, errors, bound, accepted / len(fresh))
+
+
+def _tail(wrong: int, accepted: int, limit: float) -> float:
+    """p-value of "accepted answers are wrong more often than `limit`"; nothing accepted shows nothing."""
+    return binomial_tail(wrong, accepted, limit) if accepted else 1.0
 
 
 def _sureness(traces: Traces, taken: Steps) -> list[tuple[Path, npt.NDArray[np.bool_]]]:

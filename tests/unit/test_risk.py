@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sage_edge.irp.risk import allowed_loss, binomial_tail, items_needed, p_value, upper_bound
+from sage_edge.irp.risk import (
+    allowed_loss,
+    binomial_bound,
+    binomial_tail,
+    certifies,
+    items_needed,
+    stakes,
+    upper_bound,
+)
 
 
 def exact_tail(successes: int, trials: int, rate: Fraction) -> float:
@@ -41,53 +49,76 @@ def test_the_binomial_tail_does_not_underflow_or_overflow() -> None:
 )  # fmt: skip
 def test_upper_bounds_are_those_of_clopper_and_pearson(lost: int, items: int, expected: float) -> None:
     """One-sided 95 % limits; 0 of n is 1 - 0.05 ** (1 / n)."""
-    assert upper_bound(lost, items, 0.05, binary=True) == pytest.approx(expected, abs=6e-5)
+    assert binomial_bound(lost, items, 0.05) == pytest.approx(expected, abs=6e-5)
+    losses = np.random.default_rng(0).permutation(np.arange(items) < lost).astype(np.float64)
+    assert upper_bound(losses, 0.05, binary=True) == binomial_bound(lost, items, 0.05)
 
 
 @pytest.mark.parametrize(("limit", "error"), [(0.01, 0.05), (0.001, 0.05), (0.005, 0.1), (0.2, 0.01)])
 def test_the_rule_of_three_gives_the_least_number_of_items(limit: float, error: float) -> None:
     least = math.ceil(math.log(error) / math.log1p(-limit))
     assert items_needed(0.0, limit, error, binary=True) == least
-    assert allowed_loss(least, limit, error, binary=True) == 0
-    assert allowed_loss(least - 1, limit, error, binary=True) == -1
+    assert allowed_loss(least, limit, error) == 0
+    assert allowed_loss(least - 1, limit, error) == -1
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("rate", [0.0, 0.004])
+def test_as_many_items_as_said_are_needed(rate: float, binary: bool) -> None:
+    least = items_needed(rate, 0.01, 0.05, binary)
+    assert least is not None
+    for items, enough in ((least, True), (least - 1, False)):
+        losses = np.arange(items) < math.ceil(rate * items) if binary else np.full(items, rate)
+        assert certifies(losses.astype(np.float64), 0.01, 0.05, binary) == enough
 
 
 def test_no_number_of_items_certifies_what_is_not_so() -> None:
     assert items_needed(0.01, 0.01, 0.05, binary=True) is None
     assert items_needed(0.02, 0.01, 0.05, binary=False) is None
+    assert not certifies(np.zeros(0), 0.5, 0.5, binary=False)
 
 
-@given(
-    st.integers(1, 3000), st.sampled_from([0.005, 0.01, 0.05, 0.3]), st.sampled_from([0.01, 0.05, 0.2]), st.booleans()
-)
-def test_p_value_bound_and_allowance_say_the_same(items: int, limit: float, error: float, binary: bool) -> None:
-    allowed = allowed_loss(items, limit, error, binary)
-    assert p_value(allowed + 1, items, limit, binary) > error
+@given(st.integers(1, 3000), st.sampled_from([0.005, 0.01, 0.05, 0.3]), st.sampled_from([0.01, 0.05, 0.2]))
+def test_tail_bound_and_allowance_say_the_same(items: int, limit: float, error: float) -> None:
+    allowed = allowed_loss(items, limit, error)
+    assert binomial_tail(allowed + 1, items, limit) > error
     if allowed >= 0:
-        assert p_value(allowed, items, limit, binary) <= error
-        bound = upper_bound(allowed, items, error, binary)
-        assert allowed / items <= bound <= limit + 1e-9
+        assert binomial_tail(allowed, items, limit) <= error
+        assert allowed / items <= binomial_bound(allowed, items, error) <= limit + 1e-9
 
 
-@given(st.integers(1, 500), st.floats(0, 1), st.sampled_from([0.01, 0.1, 0.5]))
-def test_a_bounded_loss_is_never_certified_more_easily_than_a_binary_one(items: int, mean: float, limit: float) -> None:
-    total = math.floor(mean * items)
-    assert p_value(total, items, limit, binary=False) >= p_value(total, items, limit, binary=True) - 1e-12
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=300), st.sampled_from([0.01, 0.05, 0.2]))
+def test_the_bound_by_betting_is_the_least_limit_that_is_certified(values: list[float], error: float) -> None:
+    losses = np.array(values)
+    bound = upper_bound(losses, error, binary=False)
+    assert losses.mean() <= bound <= 1
+    if bound < 1:
+        assert certifies(losses, bound + 1e-6, error, binary=False)
+    if bound > 1e-6:
+        assert not certifies(losses, bound - 1e-6, error, binary=False)
 
 
-@pytest.mark.parametrize("shape", [(0.1, 0.9), (1.0, 9.0), (30.0, 270.0)])
-def test_hoeffding_bentkus_p_values_are_valid_for_losses_in_between(shape: tuple[float, float]) -> None:
-    """With the true mean at the limit, p <= u must happen with probability at most u; Beta losses of mean 0.1."""
-    rng = np.random.default_rng(0)
-    totals = rng.beta(*shape, (4000, 120)).sum(1)
-    p = np.array([p_value(float(total), 120, 0.1, binary=False) for total in totals])
-    for u in (0.01, 0.05, 0.2):
-        assert (p <= u).mean() <= u + 3 * math.sqrt(u * (1 - u) / len(p))
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=100), st.integers(0, 99))
+def test_no_stake_knows_its_loss(values: list[float], index: int) -> None:
+    losses = np.array(values)
+    index %= len(losses)
+    other = losses.copy()
+    other[index:] = 1 - other[index:]
+    np.testing.assert_array_equal(stakes(losses, 0.05)[: index + 1], stakes(other, 0.05)[: index + 1])
+    assert ((stakes(losses, 0.05) >= 0) & (stakes(losses, 0.05) <= 1)).all()
 
 
-def test_a_larger_loss_never_looks_better() -> None:
-    for binary in (True, False):
-        p = [p_value(total, 400, 0.05, binary) for total in range(30)]
-        assert p == sorted(p)
-    fine = [p_value(total, 400, 0.05, False) for total in np.linspace(0, 25, 400)]
-    assert fine == sorted(fine)
+@pytest.mark.parametrize("shape", [(0.1, 0.9), (1.0, 9.0), (30.0, 270.0), (0.01, 0.09)])
+@pytest.mark.parametrize("error", [0.01, 0.05, 0.2])
+def test_betting_certifies_what_is_not_so_as_rarely_as_promised(shape: tuple[float, float], error: float) -> None:
+    """With the true mean at the limit; Beta losses of mean 0.1, from nearly binary to nearly constant."""
+    draws = np.random.default_rng(0).beta(*shape, (3000, 120))
+    wrong = np.mean([certifies(losses, 0.1, error, binary=False) for losses in draws])
+    assert wrong <= error + 3 * math.sqrt(error * (1 - error) / len(draws))
+
+
+def test_losses_that_vary_little_need_fewer_items() -> None:
+    """Mean 0.03, deviation 0.03: the binomial bound, which must take them for 0 and 1, allows much less."""
+    losses = np.random.default_rng(1).beta(0.94, 30.4, 360)
+    assert upper_bound(losses, 0.05, binary=False) < 0.042
+    assert binomial_bound(math.ceil(losses.sum()), 360, 0.05) > 0.048
