@@ -56,7 +56,7 @@ class Refine(nn.Module):
         self, parts: Tensor, fine: Tensor, middle: Tensor, coarse: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         fine, middle, coarse, found = self.model.step(parts, fine, middle, coarse, noise)
-        judged = self.model.judged(fine, middle, coarse, found, noise)
+        judged = self.model.judged(noise, fine, middle, coarse, found)
         left, gain = judged[:, :1], judged[:, 1:]
         now = QUALITY_UNITS * DECIBEL * (math.log(WHITE / UNIT) - left)
         later = now + QUALITY_UNITS * DECIBEL * gain

@@ -109,13 +109,16 @@ class VisionModel(nn.Module):
         fine = self.core_fine(fine + self.up_middle(middle))
         return fine, middle, coarse, self.noise_head(fine)
 
-    def judged(self, fine: Tensor, middle: Tensor, coarse: Tensor, noise: Tensor, before: Tensor) -> Tensor:
+    def judged(self, before: Tensor, fine: Tensor, middle: Tensor, coarse: Tensor, noise: Tensor) -> Tensor:
         """float32 [slots, 2]: ln of the error that the estimate is thought to have left (root mean square, in UNIT),
         and how much of it the remaining steps are thought to take away yet (a difference of ln, mostly above 0)."""
-        pooled = [x.abs().mean((2, 3)) for x in (fine, middle, coarse)]
-        size = [rms(noise), rms(noise - before)]
-        out: Tensor = self.judge(torch.log(torch.cat((*pooled, *size), 1) + FLOOR))
+        out: Tensor = self.judge(self.evidence(before, fine, middle, coarse, noise))
         return out
+
+    def evidence(self, before: Tensor, fine: Tensor, middle: Tensor, coarse: Tensor, noise: Tensor) -> Tensor:
+        """What the judge sees, float32 [slots, fine + middle + coarse + 2]. before: the estimate of the step before."""
+        pooled = [x.abs().mean((2, 3)) for x in (fine, middle, coarse)]
+        return torch.log(torch.cat((*pooled, rms(noise), rms(noise - before)), 1) + FLOOR)
 
     def decode(self, noise: Tensor) -> Tensor:
         """The noise in grey levels, float32 [slots, 1, h, w], to be taken off the image."""

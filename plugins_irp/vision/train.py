@@ -6,7 +6,8 @@
 An optimiser step takes a batch of random patches, turned and mirrored, each with Gaussian noise of its own level, and lets
 the model refine them with gradients through all steps, with a loss after each (deep supervision), the later the heavier:
 squared error over what is usual at that noise level, so that no level rules. Two numbers are learned beside it without
-influence on the rest: how much error is left, and how much of it the remaining steps will take away.
+influence on the rest: how much error is left, and how much of it the remaining steps will take away. Both are learned again
+from the finished model: while it was trained, its weights moved under them.
 
 The learning rate warms up, holds, and falls over the last `--decay` of `--steps`. RUN/hold.pt is the state where the fall
 began: to train longer, copy it over state.pt and give more `--steps`. RUN gets state.pt, log.csv (`val_k`: PSNR of Set12 at
@@ -24,9 +25,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
-from sage_edge.errors import SageError
+from sage_edge.errors import InputError, SageError
 from sage_edge.export.learning_curve import LOG, plot
 from sage_edge.export.training import Muon, Training, common_arguments
 
@@ -37,6 +39,7 @@ from .model import FOLD, UNIT, VisionModel
 
 CHECK_SIGMA = 25.0
 CAP = 20.0
+JUDGE_EPOCHS, JUDGE_BATCH, JUDGE_RATE = 60, 200, 1e-3
 USUAL = 1.1  # squared error that a denoiser leaves grows about as sigma ** USUAL (from the PSNR published for DnCNN)
 
 
@@ -44,6 +47,11 @@ class Stream:
     """Endless batches of random patches."""
 
     def __init__(self, images: np.ndarray, batch: int, patch: int, seed: int) -> None:
+        """images uint8 [n, h, w]. Raises InputError for a patch that is larger."""
+        if patch > min(images.shape[1:]):
+            raise InputError(
+                f"patch or tile: expected at most {min(images.shape[1:])} pixels, as in the images, found {patch}"
+            )
         self.rng = np.random.default_rng(seed)
         self.images, self.batch, self.patch = images, batch, patch
 
@@ -77,6 +85,47 @@ def check(model: VisionModel, sets: Sets, device: torch.device, sigma: float = C
     return [float(s) / len(sets.chosen) for s in sums]
 
 
+def left_over(errors: Tensor) -> Tensor:
+    """ln of the root mean square of squared errors."""
+    return 0.5 * torch.log(errors + 1e-8)
+
+
+def teach_judge(model: VisionModel, stream: Stream, patches: int, console: Console) -> None:
+    """Fit the judge to the finished model, whose other weights stay: by squared error, as promises are about means."""
+    evidence, wanted = [], []
+    with torch.no_grad():
+        for _ in track(range(-(-patches // stream.batch)), "what the judge learns from", console=console):
+            clean, noisy, _ = (t.to(next(model.parameters()).device) for t in stream.draw())
+            parts, *state = model.encode(noisy.contiguous(memory_format=torch.channels_last))
+            truth = F.pixel_unshuffle((noisy - clean) / UNIT, FOLD)
+            seen, errors = [], []
+            for _ in range(model.config.max_steps):
+                before = state[-1]
+                state = list(model.step(parts, *state))
+                seen.append(model.evidence(before, *state))
+                errors.append((state[-1] - truth).square().mean((1, 2, 3)))
+            left = left_over(torch.stack(errors, 1))
+            evidence.append(torch.stack(seen, 1))
+            wanted.append(torch.stack((left, left - left[:, -1:]), -1))
+    x, y = torch.cat(evidence), torch.cat(wanted)
+    optimizer = torch.optim.Adam(model.judge.parameters(), lr=JUDGE_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, JUDGE_EPOCHS)
+    order = torch.Generator().manual_seed(0)
+    first = last = 0.0
+    for epoch in range(JUDGE_EPOCHS):
+        losses = []
+        for rows in torch.split(torch.randperm(len(x), generator=order), JUDGE_BATCH):
+            loss = (model.judge(x[rows]) - y[rows]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        schedule.step()
+        last = sum(losses) / len(losses)
+        first = first if epoch else last
+    console.print(f"judge: mean squared error {first:.5f} in the first epoch, {last:.5f} in the last")
+
+
 class Trainer(Training):
     model: VisionModel
     warm_up = 50
@@ -107,13 +156,12 @@ class Trainer(Training):
             before = state[-1].detach()
             state = list(model.step(parts, *state))
             errors.append((state[-1] - truth).square().mean((1, 2, 3)))
-            fine, middle, coarse, noise = (s.detach() for s in state)
-            guesses.append(model.judged(fine, middle, coarse, noise, before))
+            guesses.append(model.judged(before, *(s.detach() for s in state)))
         weights = torch.linspace(args.first_weight, 1.0, steps, device=self.device)
         # Beyond CAP times the usual the loss grows with the logarithm: one patch on which the recurrence runs away must not
         # decide the batch.
         table = torch.stack([(CAP * torch.log1p(e / usual / CAP)).mean() for e in errors])
-        left = 0.5 * torch.log(torch.stack(errors).detach() + 1e-8)
+        left = left_over(torch.stack(errors).detach())
         guess = torch.stack(guesses)
         judge = F.smooth_l1_loss(guess[..., 0], left, beta=0.1) + 4 * F.smooth_l1_loss(
             guess[..., 1], left - left[-1:], beta=0.02
@@ -133,15 +181,17 @@ class Trainer(Training):
         model.load_state_dict(self.ema.shadow)
         return model.eval()
 
-    def write_model(self) -> None:
+    def write_model(self, console: Console) -> None:
         """RUN/model and RUN/learning-curve.png of where the training stands."""
-        args = self.args
+        args, model = self.args, self.averaged()
+        stream = Stream(self.sets.train, args.batch, args.tile, args.seed + 1)
+        teach_judge(model, stream, args.judge_patches, console)
         hours = self.seconds / 3600
         source = (
             f"plugins_irp/vision/train.py: {self.step} steps of batch {args.batch} x {args.patch} x {args.patch}, "
             f"seed {args.seed}, {hours:.2f} hours"
         )
-        save_model(args.run / "model", self.averaged(), source)
+        save_model(args.run / "model", model, source)
         last = self.config.max_steps
         labels = {f"val_{k}": f"{k} steps" for k in (1, last // 2, last)}
         plot(args.run / LOG, args.run / "learning-curve.png", labels, "loss", "PSNR of Set12, dB")
@@ -165,6 +215,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--coarse", type=int, default=128)
     made.add_argument("--pooled", type=int, default=32, help="width of the head that judges")
     made.add_argument("--max-steps", type=int, default=6)
+    made.add_argument(
+        "--judge-patches", type=int, default=8000, help="patches of a tile from which the judge learns at last"
+    )
     return made
 
 
@@ -176,7 +229,7 @@ def train(args: argparse.Namespace, console: Console) -> None:
         trainer.load(args.export if args.export.exists() else args.run / args.export)
     else:
         trainer.run(console)
-    trainer.write_model()
+    trainer.write_model(console)
     console.print(
         f"wrote {args.run / 'model'} of step {trainer.step}, after {trainer.seconds / 3600:.2f} hours of training"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from plugins_irp.vision.data import load_sets, noisy_examples, psnr, scene_examples, with_noise
 from plugins_irp.vision.facts import VisionConfig
@@ -18,7 +19,7 @@ from sage_edge.errors import InputError
 torch = pytest.importorskip("torch")
 
 from plugins_irp.vision.model import UNIT, VisionModel  # noqa: E402
-from plugins_irp.vision.train import main, parser  # noqa: E402
+from plugins_irp.vision.train import Stream, main, parser, teach_judge  # noqa: E402
 
 SMALL = VisionConfig(tile=32, fine=8, middle=8, coarse=8, pooled=4, max_steps=3)
 
@@ -88,7 +89,7 @@ def test_training_steps_lower_the_loss_and_a_run_resumes_bit_for_bit(tmp_path: P
     np.savez(tmp_path / "set12.npz", a=scene(64, rng), b=scene(72, rng))
     small = ["--data", str(tmp_path), "--batch", "2", "--patch", "16", "--fine", "8", "--middle", "8", "--coarse", "8",
              "--tile", "16", "--max-steps", "3", "--shallow", "2", "--shallow-until", "3", "--eval-every", "6",
-             "--save-every", "3", "--log-every", "3", "--device", "cpu"]  # fmt: skip
+             "--save-every", "3", "--log-every", "3", "--judge-patches", "4", "--device", "cpu"]  # fmt: skip
     assert parser().parse_args(["--data", "x", "--run", "y"]).max_steps == 6
     main([*small, "--run", str(tmp_path / "whole"), "--steps", "12", "--decay", "0.1"])
     # The same in two goes: the second begins from the state of the first.
@@ -102,6 +103,35 @@ def test_training_steps_lower_the_loss_and_a_run_resumes_bit_for_bit(tmp_path: P
     assert {p.name for p in (tmp_path / "whole" / "model").iterdir()} == {"model.yaml", "weights.safetensors"}
     losses = [float(row.split(",")[3]) for row in rows[1:]]
     assert losses[-1] < losses[0]
+
+
+def test_the_judge_learns_from_the_finished_model_and_nothing_else_changes() -> None:
+    torch.manual_seed(0)
+    model, rng = VisionModel(SMALL).eval(), np.random.default_rng(1)
+    images = np.stack([scene(64, rng) for _ in range(8)])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def misjudged() -> float:
+        """Mean squared error of the guesses after the first step, on other patches."""
+        clean, noisy, _ = Stream(images, 200, 32, 9).draw()
+        parts, *state = model.encode(noisy)
+        state = list(model.step(parts, *state))
+        error = (model.decode(state[-1]) - (noisy - clean)).square().mean((1, 2, 3)).sqrt()
+        guess = model.judged(torch.zeros_like(state[-1]), *state)[:, 0]
+        return float((guess - torch.log(error / UNIT)).square().mean())
+
+    with torch.no_grad():
+        first = misjudged()
+    teach_judge(model, Stream(images, 10, 32, 2), 400, Console(quiet=True))
+    with torch.no_grad():
+        assert misjudged() < 0.5 * first
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != name.startswith("judge")
+
+
+def test_patches_larger_than_the_images_are_refused() -> None:
+    with pytest.raises(InputError, match="expected at most 16 pixels, as in the images, found 24"):
+        Stream(np.zeros((2, 16, 32), np.uint8), 1, 24, 0)
 
 
 def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
