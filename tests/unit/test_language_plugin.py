@@ -91,7 +91,7 @@ def test_the_first_step_is_already_an_answer_and_later_ones_move_less(plugin: La
 
 
 def test_a_missing_word_is_filled_and_the_others_stay(plugin: Language) -> None:
-    said = "what is the <mask> like in paris today"
+    said = "what is the <mask> forecast in paris today"
     found = answer(plugin, said)
     words = found["text"].split()
     assert found["intent"] == "weather"
