@@ -91,7 +91,8 @@ def left_over(errors: Tensor) -> Tensor:
 
 
 def teach_judge(model: VisionModel, stream: Stream, patches: int, console: Console) -> None:
-    """Fit the judge to the finished model, whose other weights stay: by squared error, as promises are about means."""
+    """Fit the judge to the finished model, whose other weights stay: by squared error, as promises are about means, over each
+    number's variance, as what is still to be gained is far smaller than what is left."""
     evidence, wanted = [], []
     with torch.no_grad():
         for _ in track(range(-(-patches // stream.batch)), "what the judge learns from", console=console):
@@ -108,6 +109,7 @@ def teach_judge(model: VisionModel, stream: Stream, patches: int, console: Conso
             evidence.append(torch.stack(seen, 1))
             wanted.append(torch.stack((left, left - left[:, -1:]), -1))
     x, y = torch.cat(evidence), torch.cat(wanted)
+    usual = y.var((0, 1))
     optimizer = torch.optim.Adam(model.judge.parameters(), lr=JUDGE_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, JUDGE_EPOCHS)
     order = torch.Generator().manual_seed(0)
@@ -115,7 +117,7 @@ def teach_judge(model: VisionModel, stream: Stream, patches: int, console: Conso
     for epoch in range(JUDGE_EPOCHS):
         losses = []
         for rows in torch.split(torch.randperm(len(x), generator=order), JUDGE_BATCH):
-            loss = (model.judge(x[rows]) - y[rows]).square().mean()
+            loss = ((model.judge(x[rows]) - y[rows]).square() / usual).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -123,7 +125,7 @@ def teach_judge(model: VisionModel, stream: Stream, patches: int, console: Conso
         schedule.step()
         last = sum(losses) / len(losses)
         first = first if epoch else last
-    console.print(f"judge: mean squared error {first:.5f} in the first epoch, {last:.5f} in the last")
+    console.print(f"judge: {first:.4f} of the variance unexplained in the first epoch, {last:.4f} in the last")
 
 
 class Trainer(Training):

@@ -141,7 +141,8 @@ def test_each_tile_rests_when_it_is_done(plugin: Vision) -> None:
     clean = np.full((64, 256), 120, np.uint8)
     clean[:, 128:] = scene(128, rng)[:64, :]
     noisy = with_noise(clean, 20, rng)
-    found = answer(plugin, noisy, "full", clean)
+    with Vision(plugin.spec, threads=1, rest=0.05) as restful:
+        found = answer(restful, noisy, "full", clean)
     assert found.tile_steps[-1] < plugin.max_steps
     with Vision(plugin.spec, threads=1, rest=-1e9) as restless:
         every = answer(restless, noisy, "full", clean)
