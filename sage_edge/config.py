@@ -66,7 +66,13 @@ def parse_yaml(text: str, schema: type[T], name: str) -> T:
 
 def dump_yaml(value: Any) -> str:
     """A dataclass as YAML text that `parse_yaml` reads back."""
-    return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=True, width=120)
+
+    def dump(allow_unicode: bool) -> str:
+        return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=allow_unicode, width=120)
+
+    text = dump(allow_unicode=True)
+    # PyYAML writes line breaks beyond ASCII as they are, and reads them back as spaces: then everything is escaped.
+    return dump(allow_unicode=False) if any(line_break in text for line_break in "\x85\u2028\u2029") else text
 
 
 def _plain(value: Any) -> Any:

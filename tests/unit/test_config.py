@@ -212,6 +212,13 @@ def test_what_is_dumped_is_read_back(value: Outer) -> None:
     assert parse_yaml(dump_yaml(value), Outer, "f") == value
 
 
+@pytest.mark.parametrize("line_break", ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x85", "\u2028", "\u2029"])
+def test_line_breaks_of_all_kinds_are_read_back(line_break: str) -> None:
+    for text in (line_break, f"a{line_break}b", f" {line_break} \U0001f600"):
+        value = Outer(count=0, inner=Inner(1.0), name=text, table={text: 1})
+        assert parse_yaml(dump_yaml(value), Outer, "f") == value
+
+
 positive = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
 counts = st.integers(1, 10**9)
 
