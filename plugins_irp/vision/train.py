@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,18 @@ def check(model: VisionModel, sets: Sets, device: torch.device, sigma: float = C
     return [float(s) / len(sets.chosen) for s in sums]
 
 
+def unrolled(
+    model: VisionModel, clean: Tensor, noisy: Tensor, steps: int
+) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
+    """After each step: the estimate before it, the state, and the squared error of its estimate, [batch]."""
+    parts, *state = model.encode(noisy.contiguous(memory_format=torch.channels_last))
+    truth = F.pixel_unshuffle((noisy - clean) / UNIT, FOLD)
+    for _ in range(steps):
+        before = state[-1].detach()
+        state = list(model.step(parts, *state))
+        yield before, state, (state[-1] - truth).square().mean((1, 2, 3))
+
+
 def left_over(errors: Tensor) -> Tensor:
     """ln of the root mean square of squared errors."""
     return 0.5 * torch.log(errors + 1e-8)
@@ -97,14 +109,10 @@ def teach_judge(model: VisionModel, stream: Stream, patches: int, console: Conso
     with torch.no_grad():
         for _ in track(range(-(-patches // stream.batch)), "what the judge learns from", console=console):
             clean, noisy, _ = (t.to(next(model.parameters()).device) for t in stream.draw())
-            parts, *state = model.encode(noisy.contiguous(memory_format=torch.channels_last))
-            truth = F.pixel_unshuffle((noisy - clean) / UNIT, FOLD)
             seen, errors = [], []
-            for _ in range(model.config.max_steps):
-                before = state[-1]
-                state = list(model.step(parts, *state))
+            for before, state, error in unrolled(model, clean, noisy, model.config.max_steps):
                 seen.append(model.evidence(before, *state))
-                errors.append((state[-1] - truth).square().mean((1, 2, 3)))
+                errors.append(error)
             left = left_over(torch.stack(errors, 1))
             evidence.append(torch.stack(seen, 1))
             wanted.append(torch.stack((left, left - left[:, -1:]), -1))
@@ -150,14 +158,10 @@ class Trainer(Training):
         args, model = self.args, self.model
         clean, noisy, sigma = (t.to(self.device) for t in self.stream.draw())
         steps = args.shallow if self.step < args.shallow_until else self.config.max_steps
-        parts, *state = model.encode(noisy.contiguous(memory_format=torch.channels_last))
-        truth = F.pixel_unshuffle((noisy - clean) / UNIT, FOLD)
         usual = (sigma + 2) ** USUAL / UNIT**2
         errors, guesses = [], []
-        for _ in range(steps):
-            before = state[-1].detach()
-            state = list(model.step(parts, *state))
-            errors.append((state[-1] - truth).square().mean((1, 2, 3)))
+        for before, state, error in unrolled(model, clean, noisy, steps):
+            errors.append(error)
             guesses.append(model.judged(before, *(s.detach() for s in state)))
         weights = torch.linspace(args.first_weight, 1.0, steps, device=self.device)
         # Beyond CAP times the usual the loss grows with the logarithm: one patch on which the recurrence runs away must not

@@ -299,7 +299,9 @@ def _accept(
         counts = accepts[:, known].sum(1)
         wrongs = (accepts & wrong)[:, known].sum(1)
         # What the fresh items would say if they were exactly like these; begin where that is most convincing.
-        guess = [_tail(math.ceil(w * scale), int(c * scale), limit) for c, w in zip(counts, wrongs, strict=True)]
+        guess = [
+            binomial_tail(math.ceil(w * scale), int(c * scale), limit) for c, w in zip(counts, wrongs, strict=True)
+        ]
         start = int(np.argmin(guess))
         end = start
         while end + 1 < len(guess) and guess[end + 1] <= error:
@@ -311,18 +313,13 @@ def _accept(
     _, start, path, accepts = best
     counts, wrongs = accepts[:, fresh].sum(1), (accepts & wrong)[:, fresh].sum(1)
     last = start - 1
-    while last + 1 < len(counts) and _tail(int(wrongs[last + 1]), int(counts[last + 1]), limit) <= error:
+    while last + 1 < len(counts) and binomial_tail(int(wrongs[last + 1]), int(counts[last + 1]), limit) <= error:
         last += 1
     if last < start:
         raise InputError(_too_few_accepted(int(counts[start]), int(wrongs[start]), len(fresh), total, rate, error))
     accepted, errors = int(counts[last]), int(wrongs[last])
     bound = binomial_bound(errors, accepted, error)
     return Acceptance(path.policies[last], rate, len(fresh), accepted, errors, bound, accepted / len(fresh))
-
-
-def _tail(wrong: int, accepted: int, limit: float) -> float:
-    """p-value of "accepted answers are wrong more often than `limit`"; nothing accepted shows nothing."""
-    return binomial_tail(wrong, accepted, limit) if accepted else 1.0
 
 
 def _sureness(traces: Traces, taken: Steps) -> list[tuple[Path, npt.NDArray[np.bool_]]]:
