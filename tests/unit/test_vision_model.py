@@ -122,9 +122,9 @@ def test_the_judge_learns_from_the_finished_model_and_nothing_else_changes() -> 
 
     with torch.no_grad():
         first = misjudged()
-    teach_judge(model, Stream(images, 10, 32, 2), 400, Console(quiet=True))
+    teach_judge(model, Stream(images, 10, 32, 2), 3000, Console(quiet=True))
     with torch.no_grad():
-        assert misjudged() < 0.95 * first  # 120 small steps
+        assert misjudged() < 0.5 * first
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != name.startswith("judge")
 
