@@ -1,6 +1,6 @@
 """Measure the shipped vision model: PSNR beside published figures, halting, OpenCV's non-local means beside it.
 
-    python -m plugins_irp.vision.measure [--data DATA] [-o results.json] [--pictures FOLDER]
+    python -m plugins_irp.vision.measure [--data DATA] [--engine BUNDLE] [-o results.json] [--pictures FOLDER]
 
 Halting is certified on crops of the 40 images of train400 that were not trained on, and judged on crops of Set12; once more
 with the certificate that synthetic scenes give, which is the one that a machine without the data has. Noise is seeded.
@@ -176,7 +176,7 @@ def measure(
     test = record(plugin, sets.chosen, 12)
     policy = photographs.chosen.policy
     found = {
-        "weights_sha256": plugin.file.weights_sha256, "source": plugin.file.source,
+        "weights_sha256": plugin.file.weights_sha256, "source": plugin.file.source, "engine": Path(plugin.engine).name,
         "machine": asdict(machine()), "command": "python -m plugins_irp.vision.measure " + " ".join(sys.argv[1:]),
         "published": PUBLISHED,
         "certified": {"photographs": asdict(photographs.chosen), "scenes": asdict(scenes.chosen)},
@@ -226,6 +226,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=data_folder(), help="folder with train400.npz and set12.npz")
     parser.add_argument("--sigmas", type=float, nargs="+", default=list(SIGMAS), help="noise levels of whole images")
     parser.add_argument("--final", type=Path, metavar="NPZ", help="images uint8 [h, w] of another set, e.g. BSD68")
+    parser.add_argument("--engine", help="a bundle or an engine instead of the plugin's own (`sage-edge plugin lower`)")
     parser.add_argument("--no-peers", action="store_true", help="without OpenCV")
     parser.add_argument("--pictures", type=Path, help="write pictures and energy curves to this folder")
     parser.add_argument("--limit", type=int, help="only this many calibration items, for a quick look")
@@ -236,7 +237,8 @@ def main() -> None:
         if arguments.output:
             require_writable(arguments.output)
         spec = load_spec(FOLDER)
-        with Vision(spec, threads=arguments.threads, **spec.options) as plugin:
+        options = {**spec.options, **({"engine": arguments.engine} if arguments.engine else {})}
+        with Vision(spec, threads=arguments.threads, **options) as plugin:
             found = measure(
                 plugin, arguments.data, arguments.sigmas, arguments.final, not arguments.no_peers, arguments.limit
             )

@@ -11,7 +11,7 @@ from typing import Any
 from sage_edge.cli.bench_irp import show_irp
 from sage_edge.cli.bench_mailbox import show_mailbox
 from sage_edge.cli.evaluate import settled_line
-from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table, progress_bar, seconds
+from sage_edge.cli.output import Subparsers, amount, command, positive, print_json, print_table, progress_bar
 from sage_edge.config import load_yaml
 from sage_edge.device import usable_cores
 from sage_edge.errors import InputError
@@ -55,7 +55,7 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument("--no-calibrate", action="store_true", help="do not calibrate an engine without a certificate")
     parser.add_argument(
         "--seconds",
-        type=seconds,
+        type=amount,
         default=0.5,
         help="for --suite mailbox: time for each transport in each row (default 0.5; about 2 minutes in all)",
     )

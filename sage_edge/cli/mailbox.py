@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sage_edge.cli.output import Subparsers, command, positive, print_json, print_table, seconds
+from sage_edge.cli.output import Subparsers, amount, command, positive, print_json, print_table
 from sage_edge.errors import GateError, InputError
 from sage_edge.files import replacing
 
@@ -41,13 +41,13 @@ def add(subparsers: Subparsers) -> None:
 
     top = _verb(verbs, "top", _top, "rates, drops and latencies, refreshed until Ctrl-C; with --json a line each time")
     top.add_argument("namespace", metavar="NAMESPACE", nargs="?", help="only the ports of this namespace")
-    top.add_argument("--interval", metavar="S", type=seconds, default=1.0, help="seconds between looks (default 1)")
+    top.add_argument("--interval", metavar="S", type=amount, default=1.0, help="seconds between looks (default 1)")
     top.add_argument("--count", metavar="N", type=positive, help="stop after so many looks")
 
     tap = _verb(verbs, "tap", _tap, "print what passes through a port; save tensors")
     tap.add_argument("port", metavar="PORT")
     tap.add_argument("--count", metavar="N", type=positive, help="stop after so many")
-    tap.add_argument("--seconds", metavar="S", type=seconds, help="stop after this time")
+    tap.add_argument("--seconds", metavar="S", type=amount, help="stop after this time")
     tap.add_argument("-o", "--output", metavar="DIR", type=Path,
                      help="save each tensor as PORT-GENERATION.npz there (focus ports)")  # fmt: skip
 

@@ -34,14 +34,14 @@ def positive(text: str) -> int:
     return value
 
 
-def seconds(text: str) -> float:
+def amount(text: str) -> float:
     """argparse type: a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""`sage-edge plugin`: list, make, check and calibrate plugins."""
+"""`sage-edge plugin`: list, make, check, calibrate and lower plugins."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sage_edge.cli.output import Subparsers, bar, command, positive, print_json, print_table, stages
-from sage_edge.errors import GateError
+from sage_edge.cli.output import Subparsers, amount, bar, command, positive, print_json, print_table, stages
+from sage_edge.errors import GateError, InputError
 
 
 def add(subparsers: Subparsers) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "plugin", help="list, make, check and calibrate IRP plugins",
+        "plugin", help="list, make, check, calibrate and lower IRP plugins",
         description="Plugins refine a state step by step and halt by energy; see docs/irp.md. They are found in folders\n"
         "that you give, in plugins_irp/ here and in the project, and by the entry point group sage_edge.plugins. `ls` reads\n"
         "plugin.yaml only; every other command runs the plugin's code. All but `new` take --json.",
@@ -37,6 +37,7 @@ def add(subparsers: Subparsers) -> None:
         "halting terminates, state serialisable, telemetry valid. Exit code 1 when a check fails.",
     )  # fmt: skip
     check.add_argument("plugin", metavar="DIR|NAME")
+    _engine(check)
     _folders(check)
     calibrate = command(
         commands, "calibrate", _calibrate, "certify early halting, and learn what steps are worth",
@@ -48,12 +49,38 @@ def add(subparsers: Subparsers) -> None:
     calibrate.add_argument(
         "--examples", metavar="N", type=positive, help="default: calibration_examples of plugin.yaml"
     )
+    _engine(calibrate)
     _folders(calibrate)
+    lower = command(
+        commands, "lower", _lower, "the plugin's engine in INT8 or FP16",
+        "Lower the plugin's fp32 bundle (docs/precision.md): a quarter of its calibration examples sets the ranges, and on\n"
+        "the others it may lose no more beside the fp32 one, after all steps, than plugin.yaml promises of halting (max_loss,\n"
+        "confidence), or --max-loss. Use the result with `--engine`, or as `options: {engine: DIR}` of a pipeline.\n\n"
+        "  sage-edge plugin lower vision -o vision-int8.bundle\n"
+        "  sage-edge plugin calibrate vision --engine vision-int8.bundle",
+    )  # fmt: skip
+    lower.add_argument("plugin", metavar="DIR|NAME")
+    lower.add_argument("-o", "--output", metavar="BUNDLE", type=Path, required=True, help="folder to write")
+    lower.add_argument(
+        "--precision", metavar="P", default="int8", help="as `sage-edge export` takes it (default: int8)"
+    )
+    lower.add_argument("--examples", metavar="N", type=positive, help="default: calibration_examples of plugin.yaml")
+    lower.add_argument("--max-loss", metavar="X", type=amount, help="of quality, in the plugin's unit, on average")
+    lower.add_argument("--threads", type=positive, help="CPU threads for ranges and gate (default: all usable cores)")
+    _folders(lower)
 
 
 def _folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plugins", metavar="DIR", type=Path, action="append", default=[],
                         help="a plugin's folder, or one that holds some; may be repeated")  # fmt: skip
+
+
+def _engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", metavar="ENGINE", help="an engine or a bundle instead of the plugin's own")
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"engine": arguments.engine} if arguments.engine else {}
 
 
 def _ls(arguments: argparse.Namespace) -> int:
@@ -91,7 +118,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     with stages("check") as progress:
         progress("open")
-        with open_plugin(arguments.plugin, arguments.plugins) as plugin:
+        with open_plugin(arguments.plugin, arguments.plugins, _options(arguments)) as plugin:
             findings = check_plugin(plugin, progress)
     passed = all(finding.passed for finding in findings)
     if arguments.json:
@@ -108,7 +135,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from sage_edge.irp.measure import bench_spec, keep_calibration, record_traces
     from sage_edge.irp.registry import open_plugin
 
-    plugin: Any = open_plugin(arguments.plugin, arguments.plugins)
+    plugin: Any = open_plugin(arguments.plugin, arguments.plugins, _options(arguments))
     spec = bench_spec(plugin)
     count = arguments.examples or spec.calibration_examples
     with plugin, bar("examples", count) as progress:
@@ -119,4 +146,35 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     else:
         show(certificate)
         print(f"certificate: {path}")
+    return 0
+
+
+def _lower(arguments: argparse.Namespace) -> int:
+    from sage_edge.cli.lowering import show_lowering
+    from sage_edge.device import usable_cores
+    from sage_edge.irp.engine import EnginePlugin
+    from sage_edge.irp.registry import open_plugin
+    from sage_edge.precision.lower import LoweringError
+    from sage_edge.precision.plan import parse_request
+    from sage_edge.precision.plugin import lower_plugin
+
+    request = parse_request(arguments.precision)
+    plugin = open_plugin(arguments.plugin, arguments.plugins)
+    if not isinstance(plugin, EnginePlugin):
+        raise InputError(f"plugin {plugin.spec.name}: has no engine that could be lowered")
+    with stages("lower") as progress:
+        try:
+            made, quality = lower_plugin(plugin, arguments.output, request, arguments.examples,
+                                         arguments.max_loss, arguments.threads or usable_cores(), progress)  # fmt: skip
+        except LoweringError as refused:
+            show_lowering(refused.lowering, {"bundle": None}, arguments.json)
+            raise
+    assert made.bundle.lowering is not None
+    facts = {"bundle": str(made.path), "precision": made.bundle.precision, "quality": asdict(quality)}
+    show_lowering(made.bundle.lowering, facts, arguments.json)
+    if not arguments.json:
+        print(
+            f"{made.path}: {quality.unit}: {quality.fp32:.3f} in fp32, {quality.lowered:.3f} now; {quality.lost:.3g} lost, at "
+            f"most {quality.bound:.3g} at {quality.confidence:.0%} (allowed {quality.allowed:g}; {quality.items} examples)"
+        )
     return 0

@@ -5,6 +5,10 @@ layer becomes QuantizeLinear + MatMulIntegerToFloat. Activations are stored as u
 the bundle's int8 codes, but the form that AVX512-VNNI multiplies (unsigned by signed); signed by signed runs twenty times
 slower in ONNX Runtime 1.31. One quantised activation serves all products that read it (q, k and v; gate and up).
 
+A convolution becomes QLinearConv, whose codes the next one reads as they are (ConvInteger runs ten times slower). A ReLU
+behind it is the saturation of unsigned codes with zero point 0. There are 255 of them, so that values beyond the
+calibrated range, which the bundle cuts off at code 127, are kept.
+
 Scales are the bundle's calibrated ones. ONNX Runtime's DynamicQuantizeMatMul would take one scale from all slots together,
 so that an answer would depend on its neighbours, which the runner contract rules out.
 """
@@ -21,6 +25,7 @@ from sage_edge.engines.fuse import fuse
 from sage_edge.engines.onnx_graph import MICROSOFT, Graph, is_standard
 from sage_edge.precision.qdq import stripped
 from sage_edge.precision.rewrite import is_int8_weight, quantise_weight
+from sage_edge.specs import Array
 
 MIDDLE = 128  # uint8 code of zero
 
@@ -32,35 +37,61 @@ def int8_form(lowered: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]
     patterns = fuse(model).patterns()
     graph = Graph(model)
     work = _Quantise(plain.scales)
-    products = graph.rewrite(work.match)
+    counts = {"int8_convolution": graph.rewrite(work.convolution), "int8_product": graph.rewrite(work.product)}
     graph.write()
-    return model, {**patterns, "int8_product": products}
+    return model, {**patterns, **counts}
 
 
 @dataclass
 class _Quantise:
-    """Matcher for `Graph.rewrite`; `codes` holds the activations that are quantised already."""
+    """Matchers for `Graph.rewrite`; `codes` holds the activations that are quantised already."""
 
     scales: dict[str, float]
     codes: dict[str, list[str]] = field(default_factory=dict)
 
-    def match(self, graph: Graph, node: NodeProto) -> list[NodeProto] | None:
+    def convolution(self, graph: Graph, node: NodeProto) -> list[NodeProto] | None:
+        """conv(x, W), with the ReLU behind it, where x, W and the result are calibrated."""
+        result = node.output[0]
+        positive = is_standard(node, "Relu")
+        conv = graph.made(node.input[0], "Conv") if positive else node if is_standard(node, "Conv") else None
+        if conv is None or not {result, conv.input[0]} <= set(self.scales) or not is_int8_weight(conv.input[1]):
+            return None
+        weight = graph.array(conv.input[1])
+        if weight is None:
+            return None
+        stored, weight_scale = self._weight(graph, conv.input[1], weight, 0)
+        nothing = graph.constant(f"nothing.{len(weight)}", lambda: np.zeros(len(weight), np.int8))
+        new, activation = self._activation(graph, conv.input[0])
+        values = [
+            f"{result}/codes",
+            graph.constant(f"{result}.scale", lambda: np.array(self.scales[result], np.float32)),
+            graph.constant(f"zero.{0 if positive else MIDDLE}", lambda: np.array(0 if positive else MIDDLE, np.uint8)),
+        ]
+        self.codes[result] = values
+        inputs = [*activation, stored, weight_scale, nothing, *values[1:]]
+        integer = helper.make_node("QLinearConv", inputs, values[:1], name=values[0])
+        integer.attribute.extend(conv.attribute)
+        return [*new, integer, helper.make_node("DequantizeLinear", values, [result], name=result)]
+
+    def product(self, graph: Graph, node: NodeProto) -> list[NodeProto] | None:
         """x @ W with a calibrated x and an INT8 weight."""
         if not is_standard(node, "MatMul") or node.input[0] not in self.scales or not is_int8_weight(node.input[1]):
             return None
         weight = graph.array(node.input[1])
         if weight is None or weight.ndim != 2:
             return None
-        # The weight is what the bundle's codes stand for, so that quantising it again gives these codes.
-        codes, scales = quantise_weight(weight, "int8")
-        stored = graph.constant(f"{node.input[1]}.codes", lambda: codes)
-        scale = graph.constant(f"{node.input[1]}.scale", lambda: scales)
+        stored, scale = self._weight(graph, node.input[1], weight, 1)
         new, (activation, activation_scale, zero) = self._activation(graph, node.input[0])
         inputs = [activation, stored, activation_scale, scale, zero]
         product = helper.make_node(
             "MatMulIntegerToFloat", inputs, list(node.output), name=node.output[0], domain=MICROSOFT
         )
         return [*new, product]
+
+    def _weight(self, graph: Graph, name: str, weight: Array, axis: int) -> tuple[str, str]:
+        """Codes and scales. The weight is what the bundle's codes stand for, so that quantising it again gives these."""
+        codes, scales = quantise_weight(weight, "int8", axis)
+        return graph.constant(f"{name}.codes", lambda: codes), graph.constant(f"{name}.scale", lambda: scales)
 
     def _activation(self, graph: Graph, name: str) -> tuple[list[NodeProto], list[str]]:
         """uint8 codes of an activation with scale and zero point; the node that makes them at the first use only."""
@@ -70,7 +101,7 @@ class _Quantise:
         values = [
             f"{name}/codes",
             graph.constant(f"{name}.scale", lambda: np.array(scale, np.float32)),
-            graph.constant("middle", lambda: np.array(MIDDLE, np.uint8)),
+            graph.constant(f"zero.{MIDDLE}", lambda: np.array(MIDDLE, np.uint8)),
         ]
         self.codes[name] = values
         node = helper.make_node("QuantizeLinear", [name, values[1], values[2]], [values[0]], name=values[0])

@@ -17,6 +17,7 @@ from sage_edge.engines.graph_cost import Value
 from sage_edge.engines.onnx_graph import Graph, attribute
 
 PASSING = ("Transpose", "Reshape", "Identity", "Cast")
+PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 QdqFinding = tuple[str, str, Literal["error", "note"], str, str]
 
 
@@ -39,7 +40,7 @@ def quantization_findings(graph: Graph, values: dict[str, Value]) -> Iterator[Qd
                     "its output is read by something other than DequantizeLinear",
                     ("let a DequantizeLinear follow every QuantizeLinear"),
                 )
-        if node.op_type in ("MatMul", "Gemm"):
+        if node.op_type in PRODUCTS:
             sides = [_source(graph, name) is not None for name in node.input[:2]]
             if any(sides) and not all(sides):
                 which = "weights" if sides[1] else "activations"
@@ -50,20 +51,24 @@ def quantization_findings(graph: Graph, values: dict[str, Value]) -> Iterator[Qd
                     f"only its {which} are quantized: it multiplies in floating point",
                     ("quantize both sides, or neither"),
                 )
-        if node.op_type == "DequantizeLinear":
-            others = [
-                r for r in _through(graph, graph.readers.get(node.output[0], [])) if r.op_type not in ("MatMul", "Gemm")
-            ]
-            if others and not any(
-                r.op_type in ("MatMul", "Gemm") for r in _through(graph, graph.readers[node.output[0]])
-            ):
+        if node.op_type == "DequantizeLinear" and not _follows_convolution(graph, node):
+            readers = _through(graph, graph.readers.get(node.output[0], []))
+            if readers and not any(r.op_type in PRODUCTS for r in readers):
                 yield (
                     label,
                     node.op_type,
                     "note",
-                    f"no product reads it, but {others[0].op_type}: rounding without speed",
+                    f"no product reads it, but {readers[0].op_type}: rounding without speed",
                     ("quantize only what products read"),
                 )
+
+
+def _follows_convolution(graph: Graph, dequantize: NodeProto) -> bool:
+    """Whether it stands behind a convolution and its ReLU: then the convolution writes 8 bits, which is faster."""
+    quantize = graph.made(dequantize.input[0], "QuantizeLinear")
+    relu = graph.made(quantize.input[0], "Relu") if quantize is not None else None
+    source = relu or quantize
+    return source is not None and graph.made(source.input[0], "Conv") is not None
 
 
 def _scales(
@@ -99,6 +104,8 @@ def _scales(
     axis = int(str(attribute(node, "axis", 1))) % max(1, len(shape))
     if shape and (numbers.ndim != 1 or shape[axis] != numbers.size):
         yield "error", f"{numbers.size} scales for an axis of {shape[axis]}", "give one scale for each output channel"
+    elif len(shape) == 4 and axis != 0 and _filters(graph, node):
+        yield "error", f"scales along axis {axis} of filters", "put the scales on the output channels, axis 0"
     elif len(shape) == 2 and axis != _output_axis(graph, node):
         yield "error", f"scales along axis {axis}, which the product sums over", "put the scales on the output channels"
 
@@ -111,6 +118,12 @@ def _output_axis(graph: Graph, node: NodeProto) -> int:
     if node.op_type == "QuantizeLinear" and readers and readers[0].op_type == "DequantizeLinear":
         return _output_axis(graph, readers[0])
     return 0 if turned else 1
+
+
+def _filters(graph: Graph, node: NodeProto) -> bool:
+    """Whether a convolution reads what this node makes, through its other half."""
+    readers = _through(graph, graph.readers.get(node.output[0], []))
+    return any(r.op_type == "Conv" or (r.op_type == "DequantizeLinear" and _filters(graph, r)) for r in readers)
 
 
 def _constant_source(graph: Graph, name: str) -> bool:

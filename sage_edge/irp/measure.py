@@ -78,13 +78,18 @@ def record_traces(
     return Recorded(traces, quality, energies, digest(examples), groups)
 
 
+def quality_lost(full: Floats, other: Floats, unit: float) -> tuple[Floats, bool]:
+    """The fall from `full` to `other`, both [n], in units, cut to 0..1; and whether each is 0 or 1."""
+    binary = unit == 1.0 and bool(np.isin((full, other), (0.0, 1.0)).all())
+    return np.clip((full - other) / unit, 0.0, 1.0), binary
+
+
 def quality_loss(recorded: Recorded, unit: float) -> Loss:
-    """The loss that halting is certified for: fall of quality against full steps in units, cut to 0..1."""
+    """The loss that halting is certified for: fall of quality against full steps."""
     quality = recorded.quality
 
     def lost(traces: Traces, taken: Steps) -> Floats:
-        fall = quality[:, -1] - quality[np.arange(len(quality)), taken - 1]
-        return np.clip(fall / unit, 0.0, 1.0)
+        return quality_lost(quality[:, -1], quality[np.arange(len(quality)), taken - 1], unit)[0]
 
     return Loss("quality_lost", lost, binary=unit == 1.0 and bool(np.isin(quality, (0.0, 1.0)).all()))
 

@@ -8,4 +8,5 @@ rewrite.py  from the fp32 graph to the lowered one
 gate.py     error of each step, drift, halting, accuracy, overflow headroom
 search.py   which layers must stay higher
 lower.py    all of it: from an fp32 bundle to a lowered bundle
+plugin.py   the engine of a plugin, judged by the plugin's quality
 """

@@ -40,7 +40,7 @@ def find_pairs(model: onnx.ModelProto, layers: tuple[Layer, ...]) -> tuple[Pair,
     """The layers of `model` whose input channels come unmixed out of another product, alike in all its uses."""
     graph = Graph(model)
     pairs = []
-    for layer in layers:
+    for layer in (x for x in layers if not x.is_convolution):
         sources = {_source(graph, name, layer.shape[0]) for name in layer.inputs}
         source = sources.pop() if len(sources) == 1 else None
         if source is not None:

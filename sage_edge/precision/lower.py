@@ -132,7 +132,8 @@ def _asked(request: Request, layers: tuple[Layer, ...]) -> list[Plan]:
     """The plans to begin with: one, or for `auto` one for each 8-bit format allowed (fp16 where none is)."""
     known = modules(layers)
     if request.plan.auto:
-        targets: list[Precision] = [p for p in request.plan.allow if p != "fp16"] or ["fp16"]
+        lacking = {"fp8"} if any(layer.is_convolution for layer in layers) else set[str]()
+        targets: list[Precision] = [p for p in request.plan.allow if p != "fp16" and p not in lacking] or ["fp16"]
         return [dict.fromkeys((layer.name for layer in layers), target) for target in targets]
     names = {layer.name for layer in layers}
     if unknown := sorted(set(request.plan.modules) - {*known, "*"}):
@@ -144,6 +145,10 @@ def _asked(request: Request, layers: tuple[Layer, ...]) -> list[Plan]:
             f"precision {request.text!r}: this model has no layer {unknown[0]!r}; it has {', '.join(sorted(names))}"
         )
     plan = {layer.name: request.of(layer.name, layer.module) for layer in layers}
+    if wide := [layer.name for layer in layers if layer.is_convolution and plan[layer.name] == "fp8"]:
+        raise InputError(
+            f"precision {request.text!r}: {wide[0]} is a convolution, for which there is no FP8; use int8 or fp16"
+        )
     if set(plan.values()) == {"fp32"}:
         raise InputError(f"precision {request.text!r}: lowers nothing; the fp32 bundle is what you have")
     return [plan]

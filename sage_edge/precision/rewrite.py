@@ -4,7 +4,8 @@ A product of a lowered layer gives float16, and so does what follows from it alo
 products, SiLU), until it meets a float32 value: the residual stream, which with its RMSNorms stays float32, as do softmax,
 q_head, lm_head, signals and the graph's inputs and outputs. INT8 and FP8 layers get Q/DQ on both sides of their product:
 activations one calibrated scale each, weights stored as codes with one scale a column. All is symmetric, zero point 0.
-The nodes around INT8 and FP8 products work in float16; their two attention products do too.
+The nodes around INT8 and FP8 products work in float16; their two attention products do too. The result of an INT8
+convolution is rounded to 8 bits as well, behind its ReLU if it has one: engines write codes, which the next one reads.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from sage_edge.specs import Array, Precision
 
 # Follow the precision of what they read. Whatever is not named here is computed in float32.
 FOLLOWERS = frozenset(
-    ["Add", "Concat", "Div", "Identity", "MatMul", "Mul", "Neg", "Reshape", "Sigmoid", "Slice", "Split", "Squeeze", "Sub",
+    ["Add", "Concat", "Div", "Identity", "MatMul", "Mul", "Neg", "Relu", "Reshape", "Sigmoid", "Slice", "Split", "Squeeze", "Sub",
      "Tanh", "Transpose", "Unsqueeze"]
 )  # fmt: skip
-# Move values and change no magnitude.
+# Move values or drop some, and change no magnitude.
 MOVES = frozenset(
-    ["Concat", "Gather", "Identity", "Neg", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"]
+    ["Concat", "Gather", "Identity", "Neg", "Relu", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"]
 )
 # Computed in float32, but what they give is a share of one: stored as float16 when what they read was.
 FLOAT32_INSIDE = frozenset(["Softmax"])
@@ -53,7 +54,8 @@ def lower(model: onnx.ModelProto, plan: Mapping[str, Precision], amax: Mapping[s
     """Rewrite a copy of `model` by `plan`.
 
     plan: precision by layer name (`find_layers`); a layer that is not named stays fp32. amax: largest magnitude of the
-    input of each product of an INT8 or FP8 layer. Raises KeyError for a layer or a range that is missing: a bug, not input.
+    input of each product of an INT8 or FP8 layer, and of the results of its convolutions. Raises KeyError for a layer or a
+    range that is missing: a bug, not input.
     """
     lowered = onnx.ModelProto()
     lowered.CopyFrom(model)
@@ -76,10 +78,12 @@ class _Rewriter:
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, TensorProto] = field(default_factory=dict)
     made: dict[tuple[str, str], str] = field(default_factory=dict)
+    rounded: dict[str, str] = field(default_factory=dict)  # results of INT8 convolutions: what stands for them
 
     def run(self) -> None:
         self.graph = Graph(self.model)
         self.layer_of = {out: layer for layer in self.plan for out in layer.outputs}
+        self.results = {name for layer, chosen in self.plan.items() if chosen == "int8" for name in layer.results}
         for node in self.graph.nodes:
             self._node(node)
         for name in sorted(self.graph.outputs & set(self.owner)):
@@ -87,38 +91,49 @@ class _Rewriter:
         self._write()
 
     def _node(self, node: NodeProto) -> None:
+        self._rewritten(node)
+        if node.output[0] in self.results:
+            name = node.output[0]
+            self.rounded[name] = self._activation(name, "int8")
+            self.owner[self.rounded[name]] = self.owner[name]
+
+    def _rewritten(self, node: NodeProto) -> None:
         layer = self.layer_of.get(node.output[0])
         if layer is not None and self.plan[layer] != "fp32":
             self._product(node, layer, self.plan[layer])
             return
-        halves = [name for name in node.input if name in self.owner]
+        inputs = [self.rounded.get(name, name) for name in node.input]
+        halves = [name for name in inputs if name in self.owner]
         new = NodeProto()
         new.CopyFrom(node)
-        if halves and is_standard(node, *FOLLOWERS) and all(self._half_or_constant(name) for name in node.input):
-            new.input[:] = [self._constant16(name) if name in self.graph.constants else name for name in node.input]
+        if halves and is_standard(node, *FOLLOWERS) and all(self._half_or_constant(name) for name in inputs):
+            new.input[:] = [self._constant16(name) if name in self.graph.constants else name for name in inputs]
             self.nodes.append(new)
             self.owner.update(dict.fromkeys(node.output, self.owner[halves[0]]))
             if not is_standard(node, *MOVES):
                 self.computed[node.output[0]] = self.owner[halves[0]]
         elif halves and is_standard(node, *FLOAT32_INSIDE):
             inner = f"{node.output[0]}/fp32"
-            new.input[:] = [self._single(name) for name in node.input]
+            new.input[:] = [self._single(name) for name in inputs]
             new.output[:] = [inner]
             self.nodes += [new, _cast(inner, node.output[0], TensorProto.FLOAT16)]
             self.owner[node.output[0]] = self.owner[halves[0]]
         else:
-            new.input[:] = [self._single(name) for name in node.input]
+            new.input[:] = [self._single(name) for name in inputs]
             self.nodes.append(new)
 
     def _product(self, node: NodeProto, layer: Layer, precision: Precision) -> None:
         if precision == "fp16":
             self.cast_inputs[node.input[0]] = layer.name
-            operands = [self._half(node.input[0]), self._constant16(layer.weight)]
+            source = self.rounded.get(node.input[0], node.input[0])
+            operands = [self._half(source), self._constant16(layer.weight)]
         elif precision == "int8" or precision == "fp8":
             operands = [self._activation(node.input[0], precision), self._weight(layer, precision)]
         else:
             raise ValueError(precision)
-        self.nodes.append(helper.make_node("MatMul", operands, list(node.output), name=node.name))
+        product = helper.make_node(node.op_type, operands, list(node.output), name=node.name)
+        product.attribute.extend(node.attribute)
+        self.nodes.append(product)
         self.owner[node.output[0]] = self.computed[node.output[0]] = layer.name
 
     def _half_or_constant(self, name: str) -> bool:
@@ -160,14 +175,14 @@ class _Rewriter:
         def make(out: str) -> list[NodeProto]:
             weight = self.graph.array(layer.weight)
             assert weight is not None
-            codes, scales = quantise_weight(weight.astype(np.float32), precision)
+            codes, scales = quantise_weight(weight.astype(np.float32), precision, layer.axis)
             stored = f"{layer.weight}/{precision}/codes"
             self.constants[stored] = helper.make_tensor(
                 stored, CODE_TYPE[precision], codes.shape, codes.tobytes(), raw=True
             )
             scale = self._scale(f"{layer.weight}/{precision}/scale", scales.astype(np.float16))
             inputs = [stored, scale, self._zero(precision, scales.shape)]
-            return [helper.make_node("DequantizeLinear", inputs, [out], name=out, axis=1)]
+            return [helper.make_node("DequantizeLinear", inputs, [out], name=out, axis=layer.axis)]
 
         return self._once(layer.weight, precision, make)
 
@@ -220,11 +235,14 @@ def is_int8_weight(name: str) -> bool:
     return re.search(r"/int8(\.\d+)?$", name) is not None
 
 
-def quantise_weight(weight: Array, precision: Quantised) -> tuple[Array, Array]:
-    """Codes [inner, columns] and scales float32 [columns] (representable in float16) of a float32 weight."""
-    amax = np.abs(weight).max(axis=0)
-    scales = np.array([scale_for(float(value), precision) for value in amax], np.float32)
-    return quantise(weight, scales, precision), scales
+def quantise_weight(weight: Array, precision: Quantised, axis: int = 1) -> tuple[Array, Array]:
+    """Codes in the weight's shape, and scales (representable in float16) float32 [channels], of a float32 weight whose output
+    channels lie along `axis`."""
+    last = np.moveaxis(weight, axis, -1)
+    scales = np.array(
+        [scale_for(float(v), precision) for v in np.abs(last).reshape(-1, last.shape[-1]).max(0)], np.float32
+    )
+    return np.ascontiguousarray(np.moveaxis(quantise(last, scales, precision), -1, axis)), scales
 
 
 def _cast(source: str, target: str, dtype: int) -> NodeProto:

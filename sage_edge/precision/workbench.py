@@ -141,7 +141,7 @@ class Workbench:
             graph = self._folder / "equalised.onnx"
             onnx.save(self.model, str(graph))
         everything = lower(self.model, {layer.name: "fp16" for layer in self.layers}, {}).halves
-        watched = [*(name for layer in self.layers for name in layer.inputs), *everything]
+        watched = [*(name for layer in self.layers for name in (*layer.inputs, *layer.results)), *everything]
         self.ranges = self._measure("ranges", graph, watched, RANGE_ITEMS)
 
     def _measure(self, what: str, graph: Path, values: Sequence[str], items: int) -> Ranges:

@@ -14,6 +14,9 @@ from tests.unit.test_cli import error_of
 @pytest.fixture
 def smooth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(
+        "SAGE_EDGE_CACHE", str(tmp_path / "cache")
+    )  # other tests spoil the certificate of their `smooth`
     assert main(["plugin", "new", "smooth"]) == 0
     assert "sage-edge plugin check plugins_irp/smooth" in capsys.readouterr().out
     return Path("plugins_irp") / "smooth"
@@ -25,7 +28,7 @@ def report_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
     return {"code": code, "report": found}
 
 
-@pytest.mark.parametrize("command", ["ls", "new", "check", "calibrate"])
+@pytest.mark.parametrize("command", ["ls", "new", "check", "calibrate", "lower"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["plugin", command, "--help"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,33 @@ def test_quality_on_set12_and_opencv_beside(plugin: Vision) -> None:
     assert decibels["halted"] > decibels["one_step"] > decibels["opencv"]
     halting = judged(record(plugin, images, 5), RULE)
     assert halting[0]["lost"] < 0.15
+
+
+def test_the_engine_in_int8_keeps_its_quality_or_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lower = ["plugin", "lower", "vision", "--examples", "24", "--threads", "1", "-o", str(tmp_path / "low")]
+    assert main(lower) == 1  # so few examples cannot show so small a loss
+    assert "allowed 0.05" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main([*lower, "--max-loss", "0.6", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {layer["precision"] for layer in report["layers"]} == {"int8"}
+    assert 0 < report["quality"]["lost"] < report["quality"]["bound"] <= 0.6
+    noisy, clean = noisy_scene(100, 90, 25)
+    spec = load_spec(FOLDER)
+    decibels = []
+    for engine in ("bundle", str(tmp_path / "low")):
+        with Vision(spec, engine, threads=1) as opened:
+            decibels.append(psnr(answer(opened, noisy).image, clean))
+    assert decibels[0] != decibels[1]
+    assert decibels[1] > decibels[0] - 0.1
+    assert main(["plugin", "check", "vision", "--engine", str(tmp_path / "low")]) == 0
+
+
+def test_a_plugin_without_an_engine_cannot_be_lowered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plugin", "new", "plain"]) == 0
+    assert main(["plugin", "lower", "plain", "-o", "low"]) == 2
+    assert "plugin plain: has no engine that could be lowered" in capsys.readouterr().err
+    assert not Path("low").exists()
