@@ -9,7 +9,8 @@ come are encoded, or restored from where they were parked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -101,34 +102,35 @@ class SlotBank:
             del homeless[:room]
         for part in (*parts, *self._calls(homeless)):
             company = next((seat.company for seat in part if seat.company is not None), None) or self._new_company()
-            try:
+            with self._losing(company, part):
                 signals = self.runner.refine(self._arrange(company, part))
-            except Exception:
-                lost = {*company.seats, *part}
-                company.state, company.seats = None, []
-                self._lose(lost)
-                raise
             for seat in part:
                 seat.signals = signals[seat.row].copy()
 
     def decode(self, seats: Sequence[Seat], names: Sequence[str] = ("prediction",)) -> dict[str, Array]:
-        """Outputs of the decode graph, [len(seats), ...]."""
+        """Outputs of the decode graph, [len(seats), ...]. Raises what the engine raises; seats that were being
+        filled are lost then."""
         self._require_all(seats)
         parts, homeless = self._by_company(seats)
         found: dict[Seat, dict[str, Array]] = {}
         for part in (*parts, *self._calls(homeless)):
             # Residents are decoded where they are, along with their neighbours.
             company = part[0].company or self._new_company()
-            state = company.state if part[0].company and company.state else self._arrange(company, part)
-            decoded = self.runner.decode(state, names)
+            if part[0].company is None or company.state is None:
+                with self._losing(company):
+                    self._arrange(company, part)
+            assert company.state is not None
+            decoded = self.runner.decode(company.state, names)
             found |= {seat: {name: array[seat.row] for name, array in decoded.items()} for seat in part}
         return {name: np.stack([found[seat][name] for seat in seats]) for name in names}
 
     def pack(self, seats: Sequence[Seat]) -> dict[str, Array]:
-        """Context and carry of the seats, [len(seats), ...]; those who are resident stay where they are."""
+        """Context and carry of the seats, [len(seats), ...]; those who are resident stay where they are. Raises as `decode`."""
         self._require_all(seats)
         for part in self._calls([seat for seat in seats if seat.observation is not None]):
-            self._arrange(self._new_company(), part)
+            company = self._new_company()
+            with self._losing(company):
+                self._arrange(company, part)
         each = [self._read(seat) for seat in seats]
         return {name: np.concatenate([arrays[name] for arrays in each]) for name in each[0]}
 
@@ -235,6 +237,17 @@ class SlotBank:
             self.runner.restore(state, [seat.row for seat in parked], arrays)
         for seat in come:
             seat.observation = seat.parked = None
+
+    @contextmanager
+    def _losing(self, company: Company, seats: Sequence[Seat] = ()) -> Iterator[None]:
+        """An error inside leaves rows that hold nobody's state: all who sit there are lost, and `seats`."""
+        try:
+            yield
+        except Exception:
+            lost = {*company.seats, *seats}
+            company.state, company.seats = None, []
+            self._lose(lost)
+            raise
 
     def _lose(self, seats: Iterable[Seat]) -> None:
         for seat in seats:

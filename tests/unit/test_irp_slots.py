@@ -38,6 +38,11 @@ class Faulty(NullRunner):
             raise OSError("injected")
         return super()._refine(handle)
 
+    def _admit(self, handle: dict[str, Array], rows: list[int], observation: dict[str, Array]) -> None:
+        if self.fails == "admit":
+            raise OSError("injected")
+        super()._admit(handle, rows, observation)
+
     def _empty(self, slots: int) -> dict[str, Array]:
         if self.room == 0:
             raise OutOfMemoryError("injected")
@@ -151,6 +156,34 @@ def test_an_engine_error_loses_those_who_stepped_and_keeps_those_who_wait() -> N
             bank.pack([steps])
         bank.refine([waits])
         assert waits.signals[2] == 3
+
+
+@pytest.mark.parametrize("look", ["decode", "pack"])
+def test_an_engine_error_while_being_seated_loses_who_sat_down_and_nobody_else(look: str) -> None:
+    with Faulty(2) as runner:
+        bank = SlotBank(runner)
+        waits, comes = bank.take(observation(5))[0], bank.take(observation(3))[0]
+        bank.refine([waits])
+        runner.fails = "admit"
+        with pytest.raises(OSError, match="injected"):
+            getattr(bank, look)([comes])
+        runner.fails = ""
+        with pytest.raises(EngineError, match="lost"):
+            getattr(bank, look)([comes])
+        bank.refine([waits])
+        assert waits.signals[2] == 3
+
+
+def test_looking_without_memory_loses_nobody() -> None:
+    with Faulty(2) as runner:
+        bank = SlotBank(runner)
+        seat = bank.take(observation(3))[0]
+        room, runner.room = runner.room, 0
+        with pytest.raises(OutOfMemoryError):
+            bank.decode([seat])
+        runner.room = room
+        bank.refine([seat])
+        assert seat.signals[2] == 2
 
 
 def test_bad_arrays_are_refused_when_they_come() -> None:
