@@ -180,6 +180,7 @@ def measure(
         "machine": asdict(machine()), "command": "python -m plugins_irp.vision.measure " + " ".join(sys.argv[1:]),
         "published": PUBLISHED,
         "certified": {"photographs": asdict(photographs.chosen), "scenes": asdict(scenes.chosen)},
+        "held_per_step": held.quality.mean(0).tolist(),
         "halting": {"photographs": judged(test, policy), "scenes": judged(test, scenes.chosen.policy)},
         "set12": quality(plugin, sets.chosen, policy, [s for s in sigmas if s in COMPARED]),
         "colour": colour(plugin, policy, [25.0]),
@@ -199,6 +200,7 @@ def show(found: dict[str, Any]) -> None:
             print_table(f"{name}, whole images, PSNR in dB", ("sigma", "per step", "halted", "steps", "steps a tile"),
                         [(f"{r['sigma']:g}", " ".join(f"{v:.2f}" for v in r["per_step"]), f"{r['halted']:.2f}",
                          f"{r['steps']:.2f}", f"{r['tile_steps']:.2f}") for r in found[name]])  # fmt: skip
+    print("mean PSNR on the certificate's crops by step, dB:", *(f"{v:.3f}" for v in found["held_per_step"]))
     for name, chosen in found["certified"].items():
         promise = f"{chosen['policy']} (bound {chosen['bound']:.4f} dB, {chosen['items']} items)"
         print_table(f"Set12 crops, certified on {name}: {promise}",

@@ -4,10 +4,10 @@
     python -m plugins_irp.vision.train --data DATA --run RUN --export state.pt   # model/ from any checkpoint, no training
 
 An optimiser step takes a batch of random patches, turned and mirrored, each with Gaussian noise of its own level, and lets
-the model refine them with gradients through all steps, with a loss after each (deep supervision), the later the heavier:
-squared error over what is usual at that noise level, so that no level rules. Two numbers are learned beside it without
-influence on the rest: how much error is left, and how much of it the remaining steps will take away. Both are learned again
-from the finished model: while it was trained, its weights moved under them.
+the model refine them with gradients through all steps, with a loss after each (deep supervision; `--first-weight` below 1
+weighs later ones more): squared error over what is usual at that noise level, so that no level rules. Two numbers are
+learned beside it without influence on the rest: how much error is left, and how much of it the remaining steps will take
+away. Both are learned again from the finished model: while it was trained, its weights moved under them.
 
 The learning rate warms up, holds, and falls over the last `--decay` of `--steps`. RUN/hold.pt is the state where the fall
 began: to train longer, copy it over state.pt and give more `--steps`. RUN gets state.pt, log.csv (`val_k`: PSNR of Set12 at
@@ -205,21 +205,21 @@ class Trainer(Training):
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common_arguments(made, steps=15000, decay=0.4, batch=10, lr=2e-3, ema=0.999, eval_every=1000)
+    common_arguments(made, steps=19000, decay=0.29, batch=10, lr=2e-3, ema=0.999, eval_every=1000)
     made.add_argument("--export", type=Path, help="write RUN/model from this state (of RUN, or a path) and end")
     made.add_argument("--patch", type=int, default=64, help="pixels of a side, a multiple of 8")
     made.add_argument("--weight-decay", type=float, default=0.0, help="of Muon")
     made.add_argument("--clip", type=float, default=5.0, help="largest norm of the gradient")
     made.add_argument("--shallow", type=int, default=3, help="refinement steps at first")
-    made.add_argument("--shallow-until", type=int, default=5000, help="optimiser steps with that few")
+    made.add_argument("--shallow-until", type=int, default=12000, help="optimiser steps with that few")
     made.add_argument(
-        "--first-weight", type=float, default=0.5, help="weight of the first step's loss beside the last's 1"
+        "--first-weight", type=float, default=1.0, help="weight of the first step's loss beside the last's 1"
     )
     made.add_argument("--tile", type=int, default=72)
-    made.add_argument("--fine", type=int, default=32)
+    made.add_argument("--fine", type=int, default=64)
     made.add_argument("--middle", type=int, default=64)
-    made.add_argument("--coarse", type=int, default=128)
-    made.add_argument("--pooled", type=int, default=32, help="width of the head that judges")
+    made.add_argument("--coarse", type=int, default=112)
+    made.add_argument("--pooled", type=int, default=64, help="width of the head that judges")
     made.add_argument("--max-steps", type=int, default=6)
     made.add_argument(
         "--judge-patches", type=int, default=8000, help="patches of a tile from which the judge learns at last"
