@@ -23,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 import scene
 
-from sage_edge.cli.output import print_json, print_table, seconds
+from sage_edge.cli.output import amount, print_json, print_table
 from sage_edge.errors import SageError
 from sage_edge.mailbox import Mailbox
 
@@ -197,8 +197,8 @@ def show(report: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=seconds, default=10.0, help="from the first command on (default 10)")
-    parser.add_argument("--fps", type=seconds, default=30.0, help="images a second (default 30)")
+    parser.add_argument("--seconds", type=amount, default=10.0, help="from the first command on (default 10)")
+    parser.add_argument("--fps", type=amount, default=30.0, help="images a second (default 30)")
     parser.add_argument(
         "--images", metavar="FOLDER", type=Path, help="binary PGM files, 320 x 240 (default: generated)"
     )

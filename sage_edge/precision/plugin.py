@@ -51,9 +51,15 @@ def lower_plugin(
 
     A quarter of the calibration examples (`count` of them, default: as many as plugin.yaml says) sets the ranges; on the
     others it may lose at most `allowed` (default: the promise of plugin.yaml), both taken to the last step. Raises InputError
-    for a plugin that has no bundle or no examples, GateError when it may lose more; nothing is written then.
+    for a plugin that has no bundle or no examples, and for `allowed` from the unit of a loss on, GateError when it may lose more;
+    nothing is written then.
     """
     spec = bench_spec(plugin)
+    if allowed is not None and allowed >= spec.unit:
+        raise InputError(
+            f"plugin {plugin.spec.name}: --max-loss {allowed:g}: expected less than {spec.unit:g} ({spec.quality}), where losses "
+            "are cut off"
+        )
     source = bundle_of(locate(plugin.engine), progress)
     examples = plugin.examples(spec.calibration, count or spec.calibration_examples)
     design = round(DESIGN_SHARE * len(examples))

@@ -217,6 +217,8 @@ def test_the_engine_in_int8_keeps_its_quality_or_is_refused(tmp_path: Path, caps
     assert main(lower) == 1  # so few examples cannot show so small a loss
     assert "allowed 0.05" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    assert main([*lower, "--max-loss", "1"]) == 2
+    assert "expected less than 1 (PSNR, dB)" in capsys.readouterr().err
     assert main([*lower, "--max-loss", "0.6", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {layer["precision"] for layer in report["layers"]} == {"int8"}
