@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ def test_training_steps_lower_the_loss_and_a_run_resumes_bit_for_bit(tmp_path: P
     assert losses[-1] < losses[0]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Beside other tests, the threads of many small products wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_judge_learns_from_the_finished_model_and_nothing_else_changes() -> None:
     torch.manual_seed(0)
     model, rng = VisionModel(SMALL).eval(), np.random.default_rng(1)
