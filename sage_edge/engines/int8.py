@@ -62,12 +62,7 @@ class _Quantise:
         stored, weight_scale = self._weight(graph, conv.input[1], weight, 0)
         nothing = graph.constant(f"nothing.{len(weight)}", lambda: np.zeros(len(weight), np.int8))
         new, activation = self._activation(graph, conv.input[0])
-        values = [
-            f"{result}/codes",
-            graph.constant(f"{result}.scale", lambda: np.array(self.scales[result], np.float32)),
-            graph.constant(f"zero.{0 if positive else MIDDLE}", lambda: np.array(0 if positive else MIDDLE, np.uint8)),
-        ]
-        self.codes[result] = values
+        values = self._coded(graph, result, 0 if positive else MIDDLE)
         inputs = [*activation, stored, weight_scale, nothing, *values[1:]]
         integer = helper.make_node("QLinearConv", inputs, values[:1], name=values[0])
         integer.attribute.extend(conv.attribute)
@@ -93,16 +88,19 @@ class _Quantise:
         codes, scales = quantise_weight(weight, "int8", axis)
         return graph.constant(f"{name}.codes", lambda: codes), graph.constant(f"{name}.scale", lambda: scales)
 
+    def _coded(self, graph: Graph, name: str, zero: int) -> list[str]:
+        """The names of an activation's codes, scale and zero point, remembered for its other readers."""
+        self.codes[name] = [
+            f"{name}/codes",
+            graph.constant(f"{name}.scale", lambda: np.array(self.scales[name], np.float32)),
+            graph.constant(f"zero.{zero}", lambda: np.array(zero, np.uint8)),
+        ]
+        return self.codes[name]
+
     def _activation(self, graph: Graph, name: str) -> tuple[list[NodeProto], list[str]]:
         """uint8 codes of an activation with scale and zero point; the node that makes them at the first use only."""
         if name in self.codes:
             return [], self.codes[name]
-        scale = self.scales[name]
-        values = [
-            f"{name}/codes",
-            graph.constant(f"{name}.scale", lambda: np.array(scale, np.float32)),
-            graph.constant(f"zero.{MIDDLE}", lambda: np.array(MIDDLE, np.uint8)),
-        ]
-        self.codes[name] = values
+        values = self._coded(graph, name, MIDDLE)
         node = helper.make_node("QuantizeLinear", [name, values[1], values[2]], [values[0]], name=values[0])
         return [node], values

@@ -78,10 +78,14 @@ def record_traces(
     return Recorded(traces, quality, energies, digest(examples), groups)
 
 
-def quality_lost(full: Floats, other: Floats, unit: float) -> tuple[Floats, bool]:
-    """The fall from `full` to `other`, both [n], in units, cut to 0..1; and whether each is 0 or 1."""
-    binary = unit == 1.0 and bool(np.isin((full, other), (0.0, 1.0)).all())
-    return np.clip((full - other) / unit, 0.0, 1.0), binary
+def quality_lost(full: Floats, other: Floats, unit: float) -> Floats:
+    """The fall from `full` to `other`, both [n], in units, cut to 0..1."""
+    return np.clip((full - other) / unit, 0.0, 1.0)
+
+
+def is_binary(quality: Floats, unit: float) -> bool:
+    """Whether every loss of such qualities is 0 or 1."""
+    return unit == 1.0 and bool(np.isin(quality, (0.0, 1.0)).all())
 
 
 def quality_loss(recorded: Recorded, unit: float) -> Loss:
@@ -89,9 +93,9 @@ def quality_loss(recorded: Recorded, unit: float) -> Loss:
     quality = recorded.quality
 
     def lost(traces: Traces, taken: Steps) -> Floats:
-        return quality_lost(quality[:, -1], quality[np.arange(len(quality)), taken - 1], unit)[0]
+        return quality_lost(quality[:, -1], quality[np.arange(len(quality)), taken - 1], unit)
 
-    return Loss("quality_lost", lost, binary=unit == 1.0 and bool(np.isin(quality, (0.0, 1.0)).all()))
+    return Loss("quality_lost", lost, binary=is_binary(quality, unit))
 
 
 def calibrated(plugin: Plugin[Any], recorded: Recorded, promise: Promise | None = None) -> Calibration:

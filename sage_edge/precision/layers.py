@@ -92,13 +92,13 @@ def _layer(graph: Graph, weight: str, nodes: list[NodeProto]) -> Layer | None:
     operator = nodes[0].op_type
     if array is None or array.dtype != np.float32 or array.ndim != (4 if operator == "Conv" else 2):
         return None
-    rows, results = 1, tuple[str, ...]()
+    rows, results = len(nodes), tuple[str, ...]()
     if operator == "Conv":
         results = tuple(_rounded(graph, node) for node in nodes)
         if graph.outputs & {*results}:  # what leaves the graph is not rounded
             return None
         places = [(graph.shape(node.output[0]) or ())[2:] for node in nodes]
-        rows = sum(math.prod(n for n in place if isinstance(n, int)) for place in places) // len(nodes)
+        rows = sum(math.prod(n for n in place if isinstance(n, int)) for place in places)
     return Layer(
         name=re.sub(r"^model\.|\.weight$", "", weight),
         module=module_of(weight) or "",
@@ -106,7 +106,7 @@ def _layer(graph: Graph, weight: str, nodes: list[NodeProto]) -> Layer | None:
         shape=tuple(array.shape),
         outputs=tuple(node.output[0] for node in nodes),
         inputs=tuple(node.input[0] for node in nodes),
-        work=array.size * rows * len(nodes),
+        work=array.size * rows,
         results=results,
     )
 

@@ -145,9 +145,9 @@ def _asked(request: Request, layers: tuple[Layer, ...]) -> list[Plan]:
             f"precision {request.text!r}: this model has no layer {unknown[0]!r}; it has {', '.join(sorted(names))}"
         )
     plan = {layer.name: request.of(layer.name, layer.module) for layer in layers}
-    if wide := [layer.name for layer in layers if layer.is_convolution and plan[layer.name] == "fp8"]:
+    if unfit := [layer.name for layer in layers if layer.is_convolution and plan[layer.name] == "fp8"]:
         raise InputError(
-            f"precision {request.text!r}: {wide[0]} is a convolution, for which there is no FP8; use int8 or fp16"
+            f"precision {request.text!r}: {unfit[0]} is a convolution, for which there is no FP8; use int8 or fp16"
         )
     if set(plan.values()) == {"fp32"}:
         raise InputError(f"precision {request.text!r}: lowers nothing; the fp32 bundle is what you have")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -14,7 +12,7 @@ from sage_edge.bundle import BUNDLE_FILE
 from sage_edge.errors import GateError, InputError
 from sage_edge.files import replacing_directory
 from sage_edge.irp.engine import EnginePlugin
-from sage_edge.irp.measure import bench_spec, quality_lost, record_traces
+from sage_edge.irp.measure import bench_spec, is_binary, quality_lost, record_traces
 from sage_edge.irp.plugin import Examples
 from sage_edge.irp.registry import open_plugin
 from sage_edge.irp.risk import upper_bound
@@ -61,23 +59,24 @@ def lower_plugin(
             "are cut off"
         )
     source = bundle_of(locate(plugin.engine), progress)
-    examples = plugin.examples(spec.calibration, count or spec.calibration_examples)
-    design = round(DESIGN_SHARE * len(examples))
-    if not 0 < design < len(examples):
-        raise InputError(f"plugin {plugin.spec.name}: expected at least 4 examples, found {len(examples)}")
-    arrays = [plugin.prepare(observation)[0] for observation in examples.observations[:design]]
-    whole = {name: np.concatenate([array[name] for array in arrays]) for name in arrays[0]}
-    rest = Examples(examples.observations[design:], examples.references[design:])
-    with TemporaryDirectory(prefix="sage-edge-lower-") as temporary:
-        made = lower_bundle(source, Path(temporary) / "bundle", request, whole, threads=threads, progress=progress)
-        options = {**plugin.options, "engine": str(made.path)}
+    # Around all of the work, so that an output that will not do is refused before it.
+    with replacing_directory(output, BUNDLE_FILE) as folder:
+        examples = plugin.examples(spec.calibration, count or spec.calibration_examples)
+        design = round(DESIGN_SHARE * len(examples))
+        if not 0 < design < len(examples):
+            raise InputError(f"plugin {plugin.spec.name}: expected at least 4 examples, found {len(examples)}")
+        arrays = [plugin.prepare(observation)[0] for observation in examples.observations[:design]]
+        whole = {name: np.concatenate([array[name] for array in arrays]) for name in arrays[0]}
+        rest = Examples(examples.observations[design:], examples.references[design:])
+        made = lower_bundle(source, folder, request, whole, threads=threads, progress=progress)
+        options = {**plugin.options, "engine": str(folder)}
         lowered = open_plugin(plugin.folder or plugin.spec.name, options=options)
         last = []
         for name, each in (("fp32", plugin), ("lowered", lowered)):
             progress(f"{name} quality of {len(rest)} examples")
             with each:
                 last.append(record_traces(each, rest).quality[:, -1])
-        losses, binary = quality_lost(last[0], last[1], spec.unit)
+        losses, binary = quality_lost(last[0], last[1], spec.unit), is_binary(np.stack(last), spec.unit)
         quality = Quality(
             spec.quality, len(rest), float(last[0].mean()), float(last[1].mean()), float(losses.mean()) * spec.unit,
             upper_bound(losses, 1 - spec.confidence, binary) * spec.unit,
@@ -89,6 +88,4 @@ def lower_plugin(
                 f"allowed {quality.allowed:g}: {quality.lost:.3g} lost on {quality.items} examples; lower fewer modules "
                 f"(--precision 'MODULE: int8'), allow more (--max-loss), or give more --examples"
             )
-        with replacing_directory(output, BUNDLE_FILE) as folder:
-            shutil.copytree(made.path, folder, dirs_exist_ok=True)
     return LoweredBundle(output, made.bundle, made.report), quality

@@ -141,35 +141,19 @@ def test_fewer_states_than_wished_where_memory_does_not_suffice() -> None:
             other.refine(seats)
 
 
-def test_an_engine_error_loses_those_who_stepped_and_keeps_those_who_wait() -> None:
+@pytest.mark.parametrize(("fails", "call"), [("refine", "refine"), ("admit", "decode"), ("admit", "pack")])
+def test_an_engine_error_loses_those_it_struck_and_keeps_those_who_wait(fails: str, call: str) -> None:
     with Faulty(4) as runner:
         bank = SlotBank(runner)
-        waits, steps = bank.take(observation(5))[0], bank.take(observation(3))[0]
+        waits, struck = bank.take(observation(5))[0], bank.take(observation(3))[0]
         bank.refine([waits])
-        runner.fails = "refine"
+        runner.fails = fails
         with pytest.raises(OSError, match="injected"):
-            bank.refine([steps])
+            getattr(bank, call)([struck])
         runner.fails = ""
-        with pytest.raises(EngineError, match="lost"):
-            bank.refine([steps])
-        with pytest.raises(EngineError, match="lost"):
-            bank.pack([steps])
-        bank.refine([waits])
-        assert waits.signals[2] == 3
-
-
-@pytest.mark.parametrize("look", ["decode", "pack"])
-def test_an_engine_error_while_being_seated_loses_who_sat_down_and_nobody_else(look: str) -> None:
-    with Faulty(2) as runner:
-        bank = SlotBank(runner)
-        waits, comes = bank.take(observation(5))[0], bank.take(observation(3))[0]
-        bank.refine([waits])
-        runner.fails = "admit"
-        with pytest.raises(OSError, match="injected"):
-            getattr(bank, look)([comes])
-        runner.fails = ""
-        with pytest.raises(EngineError, match="lost"):
-            getattr(bank, look)([comes])
+        for look in (bank.refine, bank.decode, bank.pack):
+            with pytest.raises(EngineError, match="lost"):
+                look([struck])
         bank.refine([waits])
         assert waits.signals[2] == 3
 
