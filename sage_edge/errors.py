@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SageError(Exception):
     """Base of all errors that sage-edge raises on purpose. The CLI prints the message and exits with `exit_code`."""
@@ -51,3 +54,12 @@ class RefusedError(SageError):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For the main function of a script outside the CLI: a user's error ends it with one line and exit code 1."""
+    try:
+        yield
+    except SageError as error:
+        raise SystemExit(f"error: {error}") from error

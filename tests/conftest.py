@@ -38,6 +38,13 @@ TINY = HRMConfig(
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers that share the cores compute on one thread each: the threads of many small products would wait for each other
+    most of the time."""
+    if getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The user's engine cache must neither help a test nor be touched by one."""

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from sage_edge.errors import InputError, SageError
+from sage_edge.errors import InputError, one_line_errors
 from sage_edge.export.hrm import HRM
 from sage_edge.export.layers import Block
 from sage_edge.export.learning_curve import LOG, plot
@@ -283,6 +283,7 @@ class Trainer(Training):
         )
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(parser, steps=4500, decay=0.45, batch=64, lr=4e-3, ema=0.999, log_every=20, eval_every=500)
@@ -292,10 +293,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    try:
-        train(parser.parse_args(), Console())
-    except SageError as error:
-        raise SystemExit(f"error: {error}") from error
+    train(parser.parse_args(), Console())
 
 
 def train(args: argparse.Namespace, console: Console) -> None:

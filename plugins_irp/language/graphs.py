@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sage_edge.bundle import Bundle, Graphs, GraphSpec
 from sage_edge.config import dump_yaml, load_yaml
-from sage_edge.errors import InputError, IntegrityError, SageError
+from sage_edge.errors import InputError, IntegrityError, one_line_errors
 from sage_edge.export.bundle import GraphModel, write_bundle
 from sage_edge.export.graph import entropies, relative_change
 from sage_edge.files import replacing, sha256, write_atomic
@@ -152,16 +152,14 @@ def export(folder: Path, output: Path) -> Bundle:
     return write_bundle(graph_model(model, file), output, samples)
 
 
+@one_line_errors()
 def main() -> None:
     """Command line; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="model.yaml, weights.safetensors, tokenizer.json")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the bundle to write")
     arguments = parser.parse_args()
-    try:
-        bundle = export(arguments.folder, arguments.output)
-    except SageError as error:
-        raise SystemExit(f"error: {error}") from error
+    bundle = export(arguments.folder, arguments.output)
     Console().print(f"wrote {arguments.output}: {bundle.parameters} parameters, {bundle.step_gflop} GFLOP a step")
 
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from sage_edge.cli.output import print_table
 from sage_edge.device import machine
-from sage_edge.errors import SageError
+from sage_edge.errors import one_line_errors
 from sage_edge.files import require_writable, sha256, write_atomic
 from sage_edge.irp.calibrate import Calibration, Promise, calibrate
 from sage_edge.irp.families import PLUGIN_FAMILIES
@@ -256,6 +256,7 @@ def show(found: dict[str, Any]) -> None:
     print(found["filling"])
 
 
+@one_line_errors()
 def main() -> None:
     """Command line; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,14 +264,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only this many sentences of each part, for a quick look")
     parser.add_argument("-o", "--output", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()
-    try:
-        if arguments.output:
-            require_writable(arguments.output)
-        spec = load_spec(FOLDER)
-        with Language(spec, **spec.options) as plugin:
-            found = measure(plugin, load_texts(arguments.data).first(arguments.limit))
-    except SageError as error:
-        raise SystemExit(f"error: {error}") from error
+    if arguments.output:
+        require_writable(arguments.output)
+    spec = load_spec(FOLDER)
+    with Language(spec, **spec.options) as plugin:
+        found = measure(plugin, load_texts(arguments.data).first(arguments.limit))
     show(found)
     if arguments.output:
         write_atomic(arguments.output, json.dumps(found, indent=1) + "\n")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from sage_edge.errors import SageError
+from sage_edge.errors import one_line_errors
 from sage_edge.export.learning_curve import LOG, plot
 from sage_edge.export.training import Muon, Training, common_arguments
 
@@ -264,12 +264,10 @@ def train(args: argparse.Namespace, console: Console) -> None:
     console.print(f"wrote {args.run / 'model'} after {trainer.seconds / 3600:.2f} hours of training")
 
 
+@one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module."""
-    try:
-        train(parser().parse_args(arguments), Console())
-    except SageError as error:
-        raise SystemExit(f"error: {error}") from error
+    train(parser().parse_args(arguments), Console())
 
 
 if __name__ == "__main__":

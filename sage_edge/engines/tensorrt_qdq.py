@@ -104,26 +104,24 @@ def _scales(
     axis = int(str(attribute(node, "axis", 1))) % max(1, len(shape))
     if shape and (numbers.ndim != 1 or shape[axis] != numbers.size):
         yield "error", f"{numbers.size} scales for an axis of {shape[axis]}", "give one scale for each output channel"
-    elif len(shape) == 4 and axis != 0 and _filters(graph, node):
-        yield "error", f"scales along axis {axis} of filters", "put the scales on the output channels, axis 0"
-    elif len(shape) == 2 and axis != _output_axis(graph, node):
-        yield "error", f"scales along axis {axis}, which the product sums over", "put the scales on the output channels"
+    elif (expected := _output_axis(graph, node, len(shape))) not in (None, axis):
+        problem = f"scales along axis {axis}, which the product sums over"
+        yield "error", problem, f"put the scales on the output channels, axis {expected}"
 
 
-def _output_axis(graph: Graph, node: NodeProto) -> int:
-    """The axis of a weight's output channels: columns of x @ w, rows where a Transpose stands between."""
+def _output_axis(graph: Graph, node: NodeProto, dimensions: int) -> int | None:
+    """The axis of a weight's output channels: the first of filters; columns of x @ w, rows where a Transpose stands between.
+    None where what reads it tells nothing."""
     readers = graph.readers.get(node.output[0], [])
+    behind = _through(graph, readers)
     turned = any(reader.op_type == "Transpose" for reader in readers)
     turned |= any(reader.op_type == "Gemm" and attribute(reader, "transB", 0) for reader in readers)
-    if node.op_type == "QuantizeLinear" and readers and readers[0].op_type == "DequantizeLinear":
-        return _output_axis(graph, readers[0])
-    return 0 if turned else 1
-
-
-def _filters(graph: Graph, node: NodeProto) -> bool:
-    """Whether a convolution reads what this node makes, through its other half."""
-    readers = _through(graph, graph.readers.get(node.output[0], []))
-    return any(r.op_type == "Conv" or (r.op_type == "DequantizeLinear" and _filters(graph, r)) for r in readers)
+    if node.op_type == "QuantizeLinear" and behind and behind[0].op_type == "DequantizeLinear":
+        inner = _output_axis(graph, behind[0], dimensions)
+        return 1 - inner if dimensions == 2 and inner is not None and turned else inner
+    if dimensions == 4:
+        return 0 if any(reader.op_type == "Conv" for reader in behind) else None
+    return int(not turned) if dimensions == 2 else None
 
 
 def _constant_source(graph: Graph, name: str) -> bool:

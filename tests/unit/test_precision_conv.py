@@ -171,7 +171,9 @@ def test_scales_on_the_wrong_axis_of_filters_are_found(refine: Model, amax: dict
     wrong = next(n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.output[0].endswith("weight/int8"))
     wrong.attribute[0].i = 1
     findings, _ = check_model("refine", model, "10.3")
-    assert [f.problem for f in findings if f.severity == "error"] == ["scales along axis 1 of filters"]
+    assert [f.problem for f in findings if f.severity == "error"] == [
+        "scales along axis 1, which the product sums over"
+    ]
 
 
 def convolution(weight: str = "core.a.weight", relu: bool = True, bias: bool = False, group: int = 1) -> Model:
