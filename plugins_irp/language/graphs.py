@@ -5,21 +5,18 @@ python -m plugins_irp.language.graphs RUN/model -o plugins_irp/language/bundle
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sage_edge.bundle import Bundle, Graphs, GraphSpec
 from sage_edge.config import dump_yaml, load_yaml
-from sage_edge.errors import InputError, IntegrityError, one_line_errors
+from sage_edge.errors import InputError
 from sage_edge.export.bundle import GraphModel, write_bundle
 from sage_edge.export.graph import entropies, relative_change
-from sage_edge.files import replacing, sha256, write_atomic
+from sage_edge.export.weights import bundle_command, load_weights, save_weights
+from sage_edge.files import write_atomic
 from sage_edge.specs import SLOTS, Array, TensorSpec
 
 from .data import labelled
@@ -112,13 +109,9 @@ def graph_model(model: LanguageModel, file: ModelFile) -> GraphModel:
 def save_model(folder: Path, model: LanguageModel, intents: tuple[str, ...], source: str) -> ModelFile:
     """Write weights.safetensors (float16) and model.yaml. The weights of `model` are rounded to float16 on the way, so
     that what is stored, exported and measured is the same."""
-    halves = {name: tensor.detach().cpu().half().contiguous() for name, tensor in model.state_dict().items()}
+    halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.load_state_dict({name: tensor.float() for name, tensor in halves.items()})
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(halves, temporary)
-        digest = sha256(temporary)
-    file = ModelFile("language", model.config, intents, digest, source)
+    file = ModelFile("language", model.config, intents, save_weights(folder / WEIGHTS, halves), source)
     write_atomic(folder / MODEL, dump_yaml(file))
     return file
 
@@ -126,16 +119,9 @@ def save_model(folder: Path, model: LanguageModel, intents: tuple[str, ...], sou
 def load_model(folder: Path) -> tuple[LanguageModel, ModelFile]:
     """The model of a folder, in eval mode. Raises InputError and IntegrityError, naming the file."""
     file = load_yaml(folder / MODEL, ModelFile)
-    path = folder / WEIGHTS
-    if not path.is_file() or sha256(path) != file.weights_sha256:
-        raise IntegrityError(f"{path}: missing, or not the file that {MODEL} speaks of; restore it or train again")
-    try:
-        weights = load_file(path)
-        model = LanguageModel(file.config)
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    except (SafetensorError, RuntimeError) as error:
-        raise InputError(f"{path}: does not fit {MODEL}: {str(error).splitlines()[0]}") from error
-    return model.eval().requires_grad_(False), file
+    model = LanguageModel(file.config)
+    load_weights(folder / WEIGHTS, file.weights_sha256, model, MODEL)
+    return model, file
 
 
 def export(folder: Path, output: Path) -> Bundle:
@@ -152,16 +138,5 @@ def export(folder: Path, output: Path) -> Bundle:
     return write_bundle(graph_model(model, file), output, samples)
 
 
-@one_line_errors()
-def main() -> None:
-    """Command line; see the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="model.yaml, weights.safetensors, tokenizer.json")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the bundle to write")
-    arguments = parser.parse_args()
-    bundle = export(arguments.folder, arguments.output)
-    Console().print(f"wrote {arguments.output}: {bundle.parameters} parameters, {bundle.step_gflop} GFLOP a step")
-
-
 if __name__ == "__main__":
-    main()
+    bundle_command(__doc__, export, f"{MODEL}, {WEIGHTS} and {TOKENIZER}")

@@ -13,18 +13,20 @@ QUALITY_UNITS = 10.0  # of the signals q_halt and q_continue in a dB: halting th
 @dataclass(frozen=True)
 class VisionConfig:
     """Sizes of one model. tile: pixels of a side of the square that the engine restores at a time. fine, middle, coarse:
-    channels of the latent at 1/2, 1/4 and 1/8 of the image's resolution; pooled: width of the judging head. Raises
-    ValueError, naming the field, for what is no model."""
+    channels of the latent at 1/2, 1/4 and 1/8 of the image's resolution; fine_blocks: residual blocks in a row at 1/2 of it;
+    judge_width: of its hidden
+    layers. Raises ValueError, naming the field, for what is no model."""
 
     tile: int = 72
     fine: int = 32
     middle: int = 64
     coarse: int = 128
-    pooled: int = 32
+    judge_width: int = 64
     max_steps: int = 6
+    fine_blocks: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tile", "fine", "middle", "coarse", "pooled", "max_steps"):
+        for name in ("tile", "fine", "middle", "coarse", "judge_width", "max_steps", "fine_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.tile % 8:

@@ -5,27 +5,24 @@ python -m plugins_irp.vision.graphs RUN/model -o plugins_irp/vision/bundle
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sage_edge.bundle import Bundle, Graphs, GraphSpec
 from sage_edge.config import dump_yaml, load_yaml
-from sage_edge.errors import InputError, IntegrityError, SageError
 from sage_edge.export.bundle import GraphModel, write_bundle
-from sage_edge.files import replacing, sha256, write_atomic
+from sage_edge.export.weights import bundle_command, load_weights, save_weights
+from sage_edge.files import write_atomic
 from sage_edge.specs import SLOTS, TensorSpec
 
 from .data import scene_examples
 from .facts import MODEL, QUALITY_UNITS, WEIGHTS, WHITE, ModelFile, VisionConfig
-from .model import PARTS, UNIT, VisionModel, rms
+from .judge import rms
+from .model import PARTS, UNIT, VisionModel
 
 REFERENCES = 2
 SIGNALS = ("q_halt", "q_continue", "error", "change")
@@ -56,7 +53,7 @@ class Refine(nn.Module):
         self, parts: Tensor, fine: Tensor, middle: Tensor, coarse: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         fine, middle, coarse, found = self.model.step(parts, fine, middle, coarse, noise)
-        judged = self.model.judged(noise, fine, middle, coarse, found)
+        judged = self.model.judged(parts, noise, found)
         left, gain = judged[:, :1], judged[:, 1:]
         now = QUALITY_UNITS * DECIBEL * (math.log(WHITE / UNIT) - left)
         later = now + QUALITY_UNITS * DECIBEL * gain
@@ -104,12 +101,7 @@ def graph_model(model: VisionModel, file: ModelFile) -> GraphModel:
 
 def save_model(folder: Path, model: VisionModel, source: str) -> ModelFile:
     """Write weights.safetensors (float32) and model.yaml."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(weights, temporary)
-        digest = sha256(temporary)
-    file = ModelFile("vision", model.config, digest, source)
+    file = ModelFile("vision", model.config, save_weights(folder / WEIGHTS, model.state_dict()), source)
     write_atomic(folder / MODEL, dump_yaml(file))
     return file
 
@@ -117,15 +109,9 @@ def save_model(folder: Path, model: VisionModel, source: str) -> ModelFile:
 def load_model(folder: Path) -> tuple[VisionModel, ModelFile]:
     """The model of a folder, in eval mode. Raises InputError and IntegrityError, naming the file."""
     file = load_yaml(folder / MODEL, ModelFile)
-    path = folder / WEIGHTS
-    if not path.is_file() or sha256(path) != file.weights_sha256:
-        raise IntegrityError(f"{path}: missing, or not the file that {MODEL} speaks of; restore it or train again")
-    try:
-        model = VisionModel(file.config)
-        model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise InputError(f"{path}: does not fit {MODEL}: {str(error).splitlines()[0]}") from error
-    return model.eval().requires_grad_(False), file
+    model = VisionModel(file.config)
+    load_weights(folder / WEIGHTS, file.weights_sha256, model, MODEL)
+    return model, file
 
 
 def export(folder: Path, output: Path) -> Bundle:
@@ -138,18 +124,5 @@ def export(folder: Path, output: Path) -> Bundle:
     return write_bundle(graph_model(model, file), output, {"noisy": noisy})
 
 
-def main() -> None:
-    """Command line; see the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="model.yaml and weights.safetensors")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the bundle to write")
-    arguments = parser.parse_args()
-    try:
-        bundle = export(arguments.folder, arguments.output)
-    except SageError as error:
-        raise SystemExit(f"error: {error}") from error
-    Console().print(f"wrote {arguments.output}: {bundle.parameters} parameters, {bundle.step_gflop} GFLOP a step")
-
-
 if __name__ == "__main__":
-    main()
+    bundle_command(__doc__, export, f"{MODEL} and {WEIGHTS}")

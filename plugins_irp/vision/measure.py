@@ -26,7 +26,7 @@ import numpy.typing as npt
 from sage_edge.arrays import read_npz
 from sage_edge.cli.output import print_table
 from sage_edge.device import machine
-from sage_edge.errors import InputError, SageError
+from sage_edge.errors import InputError, one_line_errors
 from sage_edge.files import require_writable, write_atomic
 from sage_edge.irp.measure import Recorded, calibrated, record_traces
 from sage_edge.irp.spec import load_spec
@@ -222,6 +222,7 @@ def show(found: dict[str, Any]) -> None:
                      for r in found["colour"]])  # fmt: skip
 
 
+@one_line_errors()
 def main() -> None:
     """Command line; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -235,21 +236,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()
-    try:
-        if arguments.output:
-            require_writable(arguments.output)
-        spec = load_spec(FOLDER)
-        options = {**spec.options, **({"engine": arguments.engine} if arguments.engine else {})}
-        with Vision(spec, threads=arguments.threads, **options) as plugin:
-            found = measure(
-                plugin, arguments.data, arguments.sigmas, arguments.final, not arguments.no_peers, arguments.limit
-            )
-            if arguments.pictures:
-                from .pictures import draw
+    if arguments.output:
+        require_writable(arguments.output)
+    spec = load_spec(FOLDER)
+    options = {**spec.options, **({"engine": arguments.engine} if arguments.engine else {})}
+    with Vision(spec, threads=arguments.threads, **options) as plugin:
+        found = measure(
+            plugin, arguments.data, arguments.sigmas, arguments.final, not arguments.no_peers, arguments.limit
+        )
+        if arguments.pictures:
+            from .pictures import draw
 
-                draw(plugin, found["certified"]["photographs"]["policy"], arguments.pictures)
-    except SageError as error:
-        raise SystemExit(f"error: {error}") from error
+            draw(plugin, found["certified"]["photographs"]["policy"], arguments.pictures)
     show(found)
     if arguments.output:
         write_atomic(arguments.output, json.dumps(found, indent=1) + "\n")

@@ -7,16 +7,18 @@ trained on (arXiv 1906.05478). The network predicts the noise, not the image (re
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .facts import VisionConfig
+from .judge import Judge, evidence
 
 FOLD = 2
 PARTS = FOLD * FOLD
 UNIT = 64.0  # grey levels: about the deviation of an image, so that what flows through the network is of order one
-FLOOR = 1e-3  # of UNIT: below a sixteenth of a grey level nothing is told apart
 
 
 def conv(inputs: int, outputs: int, size: int = 3, gain: float = 1.0) -> nn.Conv2d:
@@ -84,11 +86,10 @@ class VisionModel(nn.Module):
         self.inject = conv(2 * PARTS, fine, gain=0.3)
         self.down_fine, self.down_middle = Down(fine, middle), Down(middle, coarse)
         self.up_coarse, self.up_middle = Up(coarse, middle), Up(middle, fine)
-        self.core_coarse, self.core_middle, self.core_fine = Residual(coarse), Residual(middle), Residual(fine)
+        self.core_coarse, self.core_middle = Residual(coarse), Residual(middle)
+        self.core_fine = nn.Sequential(*(Residual(fine) for _ in range(config.fine_blocks)))
         self.noise_head = conv(fine, PARTS, gain=0.03)
-        self.judge = nn.Sequential(
-            nn.Linear(fine + middle + coarse + 2, config.pooled), nn.ReLU(), nn.Linear(config.pooled, 2)
-        )
+        self.judge = Judge(config.judge_width)
 
     def encode(self, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Observation to (parts, fine, middle, coarse, noise); what is not known yet is 0."""
@@ -109,22 +110,27 @@ class VisionModel(nn.Module):
         fine = self.core_fine(fine + self.up_middle(middle))
         return fine, middle, coarse, self.noise_head(fine)
 
-    def judged(self, before: Tensor, fine: Tensor, middle: Tensor, coarse: Tensor, noise: Tensor) -> Tensor:
+    def judged(self, parts: Tensor, before: Tensor, noise: Tensor) -> Tensor:
         """float32 [slots, 2]: ln of the error that the estimate is thought to have left (root mean square, in UNIT),
-        and how much of it the remaining steps are thought to take away yet (a difference of ln, mostly above 0)."""
-        out: Tensor = self.judge(self.evidence(before, fine, middle, coarse, noise))
+        and how much of it the remaining steps are thought to take away yet (a difference of ln, mostly above 0). before:
+        the estimate of the step before."""
+        out: Tensor = self.judge(evidence(parts, before, noise))
         return out
 
-    def evidence(self, before: Tensor, fine: Tensor, middle: Tensor, coarse: Tensor, noise: Tensor) -> Tensor:
-        """What the judge sees, float32 [slots, fine + middle + coarse + 2]. before: the estimate of the step before."""
-        pooled = [x.abs().mean((2, 3)) for x in (fine, middle, coarse)]
-        return torch.log(torch.cat((*pooled, rms(noise), rms(noise - before)), 1) + FLOOR)
+    @torch.no_grad()
+    def grow_from(self, smaller: VisionModel) -> None:
+        """Take the weights of a model that has fewer blocks at the fine scale and compute what it computes: blocks that it
+        lacks begin as identity (Net2Net, arXiv 1511.05641). Raises ValueError where they differ in anything else."""
+        had = smaller.config.fine_blocks
+        if dataclasses.replace(smaller.config, fine_blocks=self.config.fine_blocks) != self.config:
+            raise ValueError(f"expected {self.config} but for fine_blocks, found {smaller.config}")
+        if had > self.config.fine_blocks:
+            raise ValueError(f"fine_blocks: expected at most {self.config.fine_blocks}, found {had}")
+        self.load_state_dict(smaller.state_dict(), strict=False)
+        for name, parameter in self.core_fine[had:].named_parameters():
+            if "second" in name:
+                parameter.zero_()
 
     def decode(self, noise: Tensor) -> Tensor:
         """The noise in grey levels, float32 [slots, 1, h, w], to be taken off the image."""
         return F.pixel_shuffle(noise, FOLD) * UNIT
-
-
-def rms(x: Tensor) -> Tensor:
-    """Root mean square of [slots, c, h, w], float32 [slots, 1]."""
-    return x.square().mean((1, 2, 3)).sqrt().unsqueeze(-1)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from sage_edge.errors import InputError
 from sage_edge.export.learning_curve import LOG, append_row, keep_until
@@ -81,6 +81,9 @@ class Training(ABC):
     A subclass makes the model and its optimisers, names the optimiser steps before the full learning rate (`warm_up`) and
     writes `train_step`, `evaluate`, and, where it keeps more than this class does, `extra` and `restore`. args: what
     `common_arguments` adds. rng: what draws the data.
+
+    A subclass that takes its `share` of each batch may run under torchrun: every process draws the whole batch, and
+    gradients are averaged, so that all hold the same model. The first one checks, logs and saves.
     """
 
     warm_up = 100
@@ -90,6 +93,12 @@ class Training(ABC):
                  rng: np.random.Generator) -> None:  # fmt: skip
         self.args, self.model, self.optimizers, self.rng = args, model, list(optimizers), rng
         self.device = torch.device(args.device)
+        launched = distributed.is_available() and distributed.is_torchelastic_launched()
+        if launched and not distributed.is_initialized():
+            distributed.init_process_group("gloo")
+        self.rank, self.processes = (distributed.get_rank(), distributed.get_world_size()) if launched else (0, 1)
+        if args.batch % self.processes:
+            raise InputError(f"batch: expected a multiple of the {self.processes} processes, found {args.batch}")
         self.ema = Ema(model, args.ema)
         self.step, self.seconds = 0, 0.0
 
@@ -108,9 +117,20 @@ class Training(ABC):
     def restore(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Take back what `extra` gave."""
 
+    def share(self, batch: Tensor) -> Tensor:
+        """The part of a batch that this process learns from, on its device."""
+        return batch[self.rank :: self.processes].to(self.device)
+
     def update(self, loss: Tensor, clip: float) -> float:
         """Gradients, clipped to the norm `clip`; a step of the optimisers and of the average. Returns the norm."""
         loss.backward()  # type: ignore[no-untyped-call]
+        if self.processes > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in gradients])
+            distributed.all_reduce(flat)
+            means = torch.split(flat / self.processes, [g.numel() for g in gradients])
+            for gradient, mean in zip(gradients, means, strict=True):
+                gradient.copy_(mean.view_as(gradient))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -160,15 +180,19 @@ class Training(ABC):
         args, log = self.args, self.args.run / LOG
         if (args.run / STATE).exists():
             self.load(args.run / STATE)
-            keep_until(log, self.step)
-            console.print(f"resumed {args.run / STATE} at step {self.step}")
+            if not self.rank:
+                keep_until(log, self.step)
+                console.print(f"resumed {args.run / STATE} at step {self.step}")
         clock = time.process_time if self.device.type == "cpu" else time.perf_counter
         sums: dict[str, list[float]] = {}
         while self.step < args.steps:
             began, held = clock(), self.falling() == 1.0
             for name, value in self.train_step().items():
                 sums.setdefault(name, []).append(value)
-            self.seconds += clock() - began
+            self.seconds += (clock() - began) * self.processes
+            if self.rank:
+                sums.clear()
+                continue
             last = self.step == args.steps
             evaluates = self.step % args.eval_every == 0 or last
             if evaluates or self.step % args.log_every == 0:

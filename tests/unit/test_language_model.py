@@ -18,6 +18,7 @@ from plugins_irp.language import train as training
 from plugins_irp.language.facts import MODEL, WEIGHTS, LanguageConfig, ModelFile
 from plugins_irp.language.graphs import SIGNALS, graph_model, load_model, save_model
 from plugins_irp.language.model import LanguageModel, WordTable, letter_grams
+from sage_edge.config import dump_yaml
 from sage_edge.engines.build import BuildRecipe, build, open_engine
 from sage_edge.errors import InputError, IntegrityError
 from sage_edge.export.bundle import reference_run, write_bundle
@@ -93,6 +94,10 @@ def test_a_model_is_stored_as_it_is_used(tmp_path: Path) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
         assert torch.equal(tensor, tensor.half().float())
+    wider = dataclasses.replace(file, config=dataclasses.replace(TINY, hidden_size=32))
+    (tmp_path / MODEL).write_text(dump_yaml(wider))
+    with pytest.raises(InputError, match=f"does not fit {MODEL}"):
+        load_model(tmp_path)
     (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:-1] + b"x")
     with pytest.raises(IntegrityError, match=MODEL):
         load_model(tmp_path)

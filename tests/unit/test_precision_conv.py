@@ -32,7 +32,7 @@ from sage_edge.specs import Precision
 Model = onnx.ModelProto
 Arrays = dict[str, np.ndarray]
 BUNDLE = FOLDER / "bundle"
-CORES = ("coarse", "middle", "fine")
+CORES = ("coarse", "middle", "fine.0", "fine.1")
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,8 @@ def test_int8_convolutions_read_codes_on_both_sides_and_write_codes(refine: Mode
         assert list(constants[weight.input[1]].dims) == [layer.shape[0]]
         # Nobody reads the result but its quantisation.
         assert {node.op_type for node in graph.readers[layer.results[0]]} == {"QuantizeLinear"}
-    # Three inputs, three results behind a ReLU, three others: what lies between two convolutions is quantised once.
-    assert Counter(node.op_type for node in model.graph.node)["QuantizeLinear"] == 9
+    # For each pair its input, the result behind the ReLU and the other: what lies between the two is quantised once.
+    assert Counter(node.op_type for node in model.graph.node)["QuantizeLinear"] == 3 * len(CORES)
     names = {v.name: v.type.tensor_type.elem_type for v in model.graph.output}
     assert set(names.values()) == {TensorProto.FLOAT}
 
@@ -127,11 +127,11 @@ def test_a_lowered_step_is_still_the_model(
 def test_the_cpu_form_is_the_judged_graph_in_integers(refine: Model, amax: dict[str, float], carry: Arrays) -> None:
     low = lowered(refine, "int8", amax)
     model, patterns = int8_form(low)
-    assert patterns["int8_convolution"] == 6
+    assert patterns["int8_convolution"] == 2 * len(CORES)
     counts = Counter(node.op_type for node in model.graph.node)
-    assert counts["QLinearConv"] == 6
-    assert counts["QuantizeLinear"] == 3  # the second convolution of a pair reads the codes of the first
-    assert counts["DequantizeLinear"] == 3
+    assert counts["QLinearConv"] == 2 * len(CORES)
+    assert counts["QuantizeLinear"] == len(CORES)  # the second convolution of a pair reads the codes of the first
+    assert counts["DequantizeLinear"] == len(CORES)
     judged, ours, plain = (run(graph, carry) for graph in (judging(low), model, refine))
     # Compared behind the first pair, coarse_next: the judged graph's roundings to float16 turn some codes by one, and each of
     # them some of those that follow.
@@ -149,7 +149,7 @@ def test_the_stripped_graph_knows_the_scales_of_inputs_and_results(refine: Model
 
 def test_a_float_reader_gets_the_rounded_result(refine: Model, amax: dict[str, float], carry: Arrays) -> None:
     """An fp16 convolution behind an INT8 one reads what the latter's codes stand for."""
-    plan: dict[str, Precision] = {"core_fine.first": "int8", "core_fine.second": "fp16"}
+    plan: dict[str, Precision] = {"core_fine.0.first": "int8", "core_fine.0.second": "fp16"}
     model = judging(lower(refine, plan, amax).model)
     result = find_layers(refine)[4].results[0]
     model.graph.output.append(helper.make_tensor_value_info(f"{result}/int8", TensorProto.FLOAT, None))

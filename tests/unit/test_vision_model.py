@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from sage_edge.errors import InputError
 
 torch = pytest.importorskip("torch")
 
+from plugins_irp.vision.graphs import load_model  # noqa: E402
+from plugins_irp.vision.judge import EVIDENCE, evidence  # noqa: E402
 from plugins_irp.vision.model import UNIT, VisionModel  # noqa: E402
 from plugins_irp.vision.train import Stream, main, parser, teach_judge  # noqa: E402
 
-SMALL = VisionConfig(tile=32, fine=8, middle=8, coarse=8, pooled=4, max_steps=3)
+SMALL = VisionConfig(tile=32, fine=8, middle=8, coarse=8, judge_width=16, max_steps=3)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 70), (64, 64), (65, 64), (180, 180), (321, 481), (100, 53)])
@@ -84,19 +88,61 @@ def test_parts_and_decode_are_inverse() -> None:
     assert torch.allclose(model.decode(model.encode(noise)[0]), noise, atol=1e-4)
 
 
-def test_training_steps_lower_the_loss_and_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_a_grown_model_computes_what_the_smaller_one_does_and_can_learn_more() -> None:
+    torch.manual_seed(0)
+    smaller, grown = VisionModel(SMALL), VisionModel(dataclasses.replace(SMALL, fine_blocks=3))
+    grown.grow_from(smaller)
+    parts, *state = smaller.encode(255 * torch.rand(2, 1, 32, 32))
+    for ours, theirs in zip(grown.step(parts, *state), smaller.step(parts, *state), strict=True):
+        assert torch.equal(ours, theirs)
+    loss = grown.step(parts, *state)[-1].square().sum()
+    seconds = [p for name, p in grown.named_parameters() if name.startswith("core_fine") and "second" in name]
+    assert len(seconds) == 3
+    assert all(gradient.abs().max() > 0 for gradient in torch.autograd.grad(loss, seconds))
+
+
+@pytest.mark.parametrize(
+    ("other", "named"), [({"coarse": 16}, "coarse=16"), ({"fine_blocks": 2}, "expected at most 1")]
+)
+def test_a_model_that_is_not_smaller_is_no_beginning(other: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        VisionModel(SMALL).grow_from(VisionModel(dataclasses.replace(SMALL, **other)))
+
+
+def test_evidence_tells_white_noise_from_an_image() -> None:
+    """Averaged over 2, 4 and 8 pixels a side, the deviation of white noise falls by as much; a plain does not."""
+    torch.manual_seed(0)
+    nothing = torch.zeros(1, 4, 64, 64)
+    white, plain = (evidence(nothing, nothing, x)[0].exp() for x in (torch.randn(1, 4, 64, 64), nothing + 1))
+    assert white.shape == (EVIDENCE,)
+    assert white[4:7].tolist() == pytest.approx([0.5, 0.25, 0.125], rel=0.1)
+    assert plain[4:7].tolist() == pytest.approx([1, 1, 1], rel=0.01)
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> list[str]:
+    """Data in `tmp_path`, and the options of a run on it that takes seconds."""
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "train400.npz", images=np.stack([scene(64, rng) for _ in range(10)]))
     np.savez(tmp_path / "set12.npz", a=scene(64, rng), b=scene(72, rng))
-    small = ["--data", str(tmp_path), "--batch", "2", "--patch", "16", "--fine", "8", "--middle", "8", "--coarse", "8",
-             "--tile", "16", "--max-steps", "3", "--shallow", "2", "--shallow-until", "3", "--eval-every", "6",
-             "--save-every", "3", "--log-every", "3", "--judge-patches", "4", "--device", "cpu"]  # fmt: skip
+    return ["--data", str(tmp_path), "--batch", "2", "--patch", "16", "--fine", "8", "--middle", "8", "--coarse", "8",
+            "--tile", "16", "--max-steps", "3", "--shallow", "2", "--shallow-until", "3", "--eval-every", "6",
+            "--save-every", "3", "--log-every", "3", "--judge-patches", "4", "--device", "cpu"]  # fmt: skip
+
+
+def trained(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(run / "state.pt", weights_only=True)["model"]
+    return found
+
+
+def test_training_steps_lower_the_loss_and_a_run_resumes_bit_for_bit(tmp_path: Path, small_run: list[str]) -> None:
+    small = small_run
     assert parser().parse_args(["--data", "x", "--run", "y"]).max_steps == 6
     main([*small, "--run", str(tmp_path / "whole"), "--steps", "12", "--decay", "0.1"])
     # The same in two goes: the second begins from the state of the first.
     main([*small, "--run", str(tmp_path / "parts"), "--steps", "6", "--decay", "0"])
     main([*small, "--run", str(tmp_path / "parts"), "--steps", "12", "--decay", "0.1"])
-    states = [torch.load(tmp_path / name / "state.pt", weights_only=True)["model"] for name in ("whole", "parts")]
+    states = [trained(tmp_path / name) for name in ("whole", "parts")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     rows = (tmp_path / "whole" / "log.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "3", "6", "9", "12"]
@@ -104,18 +150,29 @@ def test_training_steps_lower_the_loss_and_a_run_resumes_bit_for_bit(tmp_path: P
     assert {p.name for p in (tmp_path / "whole" / "model").iterdir()} == {"model.yaml", "weights.safetensors"}
     losses = [float(row.split(",")[3]) for row in rows[1:]]
     assert losses[-1] < losses[0]
+    grow = ["--run", str(tmp_path / "grown"), "--steps", "3", "--grow", str(tmp_path / "whole" / "model")]
+    main([*small, *grow, "--fine-blocks", "2"])
+    model, file = load_model(tmp_path / "grown" / "model")
+    assert len(model.core_fine) == 2
+    assert "3 steps of batch 2" in file.source
+    assert "grown from plugins_irp/vision/train.py: 12 steps" in file.source
+    with pytest.raises(SystemExit, match=r"whole/model: expected .*coarse=16"):
+        main([*small, *grow, "--coarse", "16"])
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Beside other tests, the threads of many small products wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def test_processes_that_share_the_batches_learn_what_one_learns(tmp_path: Path, small_run: list[str]) -> None:
+    main([*small_run, "--run", str(tmp_path / "one"), "--steps", "6"])
+    run = tmp_path / "two"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--",
+               "plugins_irp.vision.train", *small_run, "--run", str(run), "--steps", "6"]  # fmt: skip
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = trained(tmp_path / "one"), trained(run)
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    assert [row.split(",")[0] for row in (run / "log.csv").read_text().splitlines()] == ["step", "3", "6"]
+    assert (run / "model" / "weights.safetensors").is_file()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_judge_learns_from_the_finished_model_and_nothing_else_changes() -> None:
     torch.manual_seed(0)
     model, rng = VisionModel(SMALL).eval(), np.random.default_rng(1)
@@ -128,7 +185,7 @@ def test_the_judge_learns_from_the_finished_model_and_nothing_else_changes() -> 
         parts, *state = model.encode(noisy)
         state = list(model.step(parts, *state))
         error = (model.decode(state[-1]) - (noisy - clean)).square().mean((1, 2, 3)).sqrt()
-        guess = model.judged(torch.zeros_like(state[-1]), *state)[:, 0]
+        guess = model.judged(parts, torch.zeros_like(state[-1]), state[-1])[:, 0]
         return float((guess - torch.log(error / UNIT)).square().mean())
 
     with torch.no_grad():

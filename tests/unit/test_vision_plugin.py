@@ -60,7 +60,7 @@ def test_the_arithmetic_of_a_step_is_counted() -> None:
     """Convolutions make up the step: by hand from the sizes, output values times filter, two operations each."""
     file = load_yaml(FOLDER / MODEL, ModelFile)
     c, pixels = file.config, file.config.tile**2
-    fine = (8 * c.fine + 2 * c.fine**2 + 4 * c.fine) * 9 * pixels / 4
+    fine = (8 * c.fine + 2 * c.fine_blocks * c.fine**2 + 4 * c.fine) * 9 * pixels / 4
     middle = (2 * c.middle**2 * 9 + 4 * c.middle * c.fine + 4 * c.fine * c.middle) * pixels / 16
     coarse = (2 * c.coarse**2 * 9 + 4 * c.coarse * c.middle + 4 * c.middle * c.coarse) * pixels / 64
     products = 2 * (fine + middle + coarse)
