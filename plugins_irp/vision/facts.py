@@ -14,8 +14,7 @@ QUALITY_UNITS = 10.0  # of the signals q_halt and q_continue in a dB: halting th
 class VisionConfig:
     """Sizes of one model. tile: pixels of a side of the square that the engine restores at a time. fine, middle, coarse:
     channels of the latent at 1/2, 1/4 and 1/8 of the image's resolution; fine_blocks: residual blocks in a row at 1/2 of it;
-    judge_width: of its hidden
-    layers. Raises ValueError, naming the field, for what is no model."""
+    judge_width: width of the judge's hidden layers. Raises ValueError, naming the field, for what is no model."""
 
     tile: int = 72
     fine: int = 32

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 FLOOR = 1e-3  # of UNIT: below a sixteenth of a grey level nothing is told apart
 BLOCK = 4  # of the unshuffled image: 8 x 8 pixels
+EVIDENCE = 17  # how many statistics there are
 
 
 def rms(x: Tensor) -> Tensor:
@@ -54,9 +55,6 @@ def size_of(x: Tensor) -> Tensor:
 def spread(x: Tensor) -> Tensor:
     """Standard deviation of [slots, c, h, w], float32 [slots, 1]."""
     return rms(x - x.mean((1, 2, 3), keepdim=True))
-
-
-EVIDENCE = 17
 
 
 class Judge(nn.Module):

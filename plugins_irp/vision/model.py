@@ -126,7 +126,7 @@ class VisionModel(nn.Module):
             raise ValueError(f"expected {self.config} but for fine_blocks, found {smaller.config}")
         if had > self.config.fine_blocks:
             raise ValueError(f"fine_blocks: expected at most {self.config.fine_blocks}, found {had}")
-        self.load_state_dict(smaller.state_dict(), strict=False)
+        self.load_state_dict(smaller.state_dict(), strict=False)  # what it lacks is in the new blocks alone
         for name, parameter in self.core_fine[had:].named_parameters():
             if "second" in name:
                 parameter.zero_()

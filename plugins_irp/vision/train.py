@@ -141,9 +141,12 @@ class Trainer(Training):
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.sets = load_sets(args.data)
-        self.config = VisionConfig(
-            args.tile, args.fine, args.middle, args.coarse, args.judge_width, args.max_steps, args.fine_blocks
-        )
+        try:
+            self.config = VisionConfig(
+                args.tile, args.fine, args.middle, args.coarse, args.judge_width, args.max_steps, args.fine_blocks
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
         self.checks = tuple(f"val_{k + 1}" for k in range(self.config.max_steps))
         model: VisionModel = VisionModel(self.config).to(args.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.grown_from = ""

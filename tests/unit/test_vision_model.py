@@ -158,6 +158,8 @@ def test_training_steps_lower_the_loss_and_a_run_resumes_bit_for_bit(tmp_path: P
     assert "grown from plugins_irp/vision/train.py: 12 steps" in file.source
     with pytest.raises(SystemExit, match=r"whole/model: expected .*coarse=16"):
         main([*small, *grow, "--coarse", "16"])
+    with pytest.raises(SystemExit, match="fine_blocks: expected at least 1, found 0"):
+        main([*small, *grow, "--fine-blocks", "0"])
 
 
 def test_processes_that_share_the_batches_learn_what_one_learns(tmp_path: Path, small_run: list[str]) -> None:
