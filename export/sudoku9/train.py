@@ -237,8 +237,7 @@ class Trainer(Training):
     def evaluate(self) -> dict[str, float]:
         """Share of exact solutions at full steps and by the learned rule, and the mean steps of that rule."""
         model = HRM(self.config).to(self.device)
-        model.load_state_dict(self.model.state_dict())
-        model.load_state_dict(self.ema.shadow, strict=False)
+        model.load_state_dict(self.averaged_state())
         tokens, labels = (t.to(self.device) for t in self.data.validation)
         context, z_H, z_L = model.encode(tokens, torch.zeros_like(tokens[:, 0]))
         halted = torch.zeros(len(tokens), dtype=torch.bool, device=self.device)
@@ -273,8 +272,7 @@ class Trainer(Training):
         """Write the averaged weights as a model folder, and the learning curve."""
         from sage_edge.export.model_folder import save_model_folder
 
-        weights = self.model.state_dict() | self.ema.shadow
-        save_model_folder(run / "model", weights, name="sudoku9", config=self.config, source=source)
+        save_model_folder(run / "model", self.averaged_state(), name="sudoku9", config=self.config, source=source)
         plot(
             run / LOG,
             run / "learning-curve.png",

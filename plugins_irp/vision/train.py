@@ -186,8 +186,7 @@ class Trainer(Training):
     def averaged(self) -> VisionModel:
         """The model with averaged weights."""
         model: VisionModel = copy.deepcopy(self.model)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.ema.shadow[name])
+        model.load_state_dict(self.averaged_state())
         return model.eval()
 
     def write_model(self, console: Console) -> None:

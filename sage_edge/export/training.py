@@ -141,6 +141,10 @@ class Training(ABC):
         self.ema.update(self.model, self.step)
         return float(norm)
 
+    def averaged_state(self) -> dict[str, Any]:
+        """The model's state dict with averaged parameters; buffers are as they are."""
+        return {**self.model.state_dict(), **self.ema.shadow}
+
     def falling(self) -> float:
         """Share of the learning rate that is left: 1 until it falls, linearly to 2 % at the end of the run."""
         left = (self.args.steps - self.step) / max(1.0, self.args.decay * self.args.steps)

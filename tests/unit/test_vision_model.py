@@ -136,12 +136,11 @@ def trained(run: Path) -> dict[str, Any]:
 
 
 def test_training_steps_lower_the_loss_and_a_run_resumes_bit_for_bit(tmp_path: Path, small_run: list[str]) -> None:
-    small = small_run
     assert parser().parse_args(["--data", "x", "--run", "y"]).max_steps == 6
-    main([*small, "--run", str(tmp_path / "whole"), "--steps", "12", "--decay", "0.1"])
+    main([*small_run, "--run", str(tmp_path / "whole"), "--steps", "12", "--decay", "0.1"])
     # The same in two goes: the second begins from the state of the first.
-    main([*small, "--run", str(tmp_path / "parts"), "--steps", "6", "--decay", "0"])
-    main([*small, "--run", str(tmp_path / "parts"), "--steps", "12", "--decay", "0.1"])
+    main([*small_run, "--run", str(tmp_path / "parts"), "--steps", "6", "--decay", "0"])
+    main([*small_run, "--run", str(tmp_path / "parts"), "--steps", "12", "--decay", "0.1"])
     states = [trained(tmp_path / name) for name in ("whole", "parts")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     rows = (tmp_path / "whole" / "log.csv").read_text().splitlines()
@@ -151,15 +150,15 @@ def test_training_steps_lower_the_loss_and_a_run_resumes_bit_for_bit(tmp_path: P
     losses = [float(row.split(",")[3]) for row in rows[1:]]
     assert losses[-1] < losses[0]
     grow = ["--run", str(tmp_path / "grown"), "--steps", "3", "--grow", str(tmp_path / "whole" / "model")]
-    main([*small, *grow, "--fine-blocks", "2"])
+    main([*small_run, *grow, "--fine-blocks", "2"])
     model, file = load_model(tmp_path / "grown" / "model")
     assert len(model.core_fine) == 2
     assert "3 steps of batch 2" in file.source
     assert "grown from plugins_irp/vision/train.py: 12 steps" in file.source
     with pytest.raises(SystemExit, match=r"whole/model: expected .*coarse=16"):
-        main([*small, *grow, "--coarse", "16"])
+        main([*small_run, *grow, "--coarse", "16"])
     with pytest.raises(SystemExit, match="fine_blocks: expected at least 1, found 0"):
-        main([*small, *grow, "--fine-blocks", "0"])
+        main([*small_run, *grow, "--fine-blocks", "0"])
 
 
 def test_processes_that_share_the_batches_learn_what_one_learns(tmp_path: Path, small_run: list[str]) -> None:
