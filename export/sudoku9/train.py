@@ -31,7 +31,7 @@ from sage_edge.errors import InputError, one_line_errors
 from sage_edge.export.hrm import HRM
 from sage_edge.export.layers import Block
 from sage_edge.export.learning_curve import LOG, plot
-from sage_edge.export.training import STATE, Ema, Training, common_arguments
+from sage_edge.export.training import STATE, Ema, Muon, Training, common_arguments
 from sage_edge.specs import HRMConfig
 
 CONFIG = HRMConfig(
@@ -152,7 +152,7 @@ class Trainer(Training):
         matrices = [p for n, p in model.named_parameters() if "_level." in n]
         others = [p for n, p in model.named_parameters() if "_level." not in n]
         # Muon orthogonalises the update of each hidden matrix; embeddings and heads stay with AdamW.
-        muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        muon = Muon(matrices, lr=args.lr)
         adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
         super().__init__(args, model, (muon, adam), self.data.rng)
         self.carry = self._fresh_carry()

@@ -4,12 +4,12 @@
     python -m plugins_irp.vision.train --data DATA --run RUN --export state.pt   # model/ from any checkpoint, no training
 
 An optimiser step takes a batch of random patches, turned and mirrored, each with Gaussian noise of its own level, and lets
-the model refine them with gradients through all steps, with a loss after each (deep supervision; `--first-weight` below 1
-weighs later ones more): squared error over what is usual at that noise level, so that no level rules. From the finished
-model the judge learns how much error is left, and how much of it the remaining steps take away.
+the model refine them with gradients through all steps, with a loss after each (deep supervision, weighed by
+`--weights`): squared error over what is usual at that noise level, so that no level rules. From the finished model the
+judge learns how much error is left, and how much of it the remaining steps take away.
 
-`--grow MODEL` begins with a model that has fewer blocks at the fine scale. On a CPU, a process for each core trains faster
-than threads: `torchrun --standalone --nproc-per-node 2 -m -- plugins_irp.vision.train --data ...`
+`--grow MODEL` begins with a model that has as many blocks at the fine scale, or fewer. On a CPU, a process for each core
+trains faster than threads: `torchrun --standalone --nproc-per-node 2 -m -- plugins_irp.vision.train --data ...`
 
 The learning rate warms up, holds, and falls over the last `--decay` of `--steps`. RUN/hold.pt is the state where the fall
 began: to train longer, copy it over state.pt and give more `--steps`. RUN gets state.pt, log.csv (`val_k`: PSNR of Set12 at
@@ -36,13 +36,14 @@ from sage_edge.export.training import Muon, Training, common_arguments
 
 from .data import MAX_SIGMA, Sets, load_sets, psnr
 from .facts import WHITE, VisionConfig
-from .graphs import load_model, save_model
+from .graphs import DECIBEL, load_model, save_model
 from .judge import evidence
 from .model import FOLD, UNIT, VisionModel
 
 CHECK_SIGMA = 25.0
 CAP = 20.0
-JUDGE_EPOCHS, JUDGE_BATCH, JUDGE_RATE = 60, 200, 1e-3
+JUDGE_EPOCHS, JUDGE_BATCH, JUDGE_RATE = 60, 100, 1e-3
+GAIN_CAP = 1 / DECIBEL
 USUAL = 1.1  # squared error that a denoiser leaves grows about as sigma ** USUAL (from the PSNR published for DnCNN)
 
 
@@ -100,8 +101,15 @@ def unrolled(
         yield (parts, before, state[-1]), (state[-1] - truth).square().mean((1, 2, 3))
 
 
+def continued(weights: Sequence[float], steps: int) -> list[float]:
+    """As many as there are steps; the last of them stands for all further ones."""
+    return [weights[min(at, len(weights) - 1)] for at in range(steps)]
+
+
 def teach_judge(model: VisionModel, stream: Stream, patches: int, console: Console) -> None:
-    """Fit the judge to the finished model, whose other weights stay: by squared error, as promises are about means."""
+    """Fit the judge to the finished model, whose other weights stay: by squared error, as promises are about means, but for
+    gains beyond GAIN_CAP. Those say "go on", however large; without a cap the few patches without noise decided the fit.
+    """
     evidences, wanted = [], []
     with torch.no_grad():
         for _ in track(range(-(-patches // stream.batch)), "what the judge learns from", console=console):
@@ -111,8 +119,9 @@ def teach_judge(model: VisionModel, stream: Stream, patches: int, console: Conso
                 seen.append(evidence(*estimates))
                 errors.append(error)
             left = 0.5 * torch.log(torch.stack(errors, 1) + 1e-8)
+            gain = (left - left[:, -1:]).clamp(-GAIN_CAP, GAIN_CAP)
             evidences.append(torch.stack(seen, 1))
-            wanted.append(torch.stack((left, left - left[:, -1:]), -1))
+            wanted.append(torch.stack((left, gain), -1))
     x, y = torch.cat(evidences), torch.cat(wanted)
     judge, usual = model.judge, y.var((0, 1))
     judge.mean.copy_(x.mean((0, 1)))
@@ -147,6 +156,8 @@ class Trainer(Training):
             )
         except ValueError as error:
             raise InputError(str(error)) from error
+        if min(args.weights) <= 0:
+            raise InputError(f"weights: expected numbers above 0, found {' '.join(map(str, args.weights))}")
         self.checks = tuple(f"val_{k + 1}" for k in range(self.config.max_steps))
         model: VisionModel = VisionModel(self.config).to(args.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.grown_from = ""
@@ -171,7 +182,7 @@ class Trainer(Training):
         steps = args.shallow if self.step < args.shallow_until else self.config.max_steps
         usual = (sigma + 2) ** USUAL / UNIT**2
         errors = [error for _, error in unrolled(model, clean, noisy, steps)]
-        weights = torch.linspace(args.first_weight, 1.0, steps, device=self.device)
+        weights = torch.tensor(continued(args.weights, steps), device=self.device)
         # Beyond CAP times the usual the loss grows with the logarithm: one patch on which the recurrence runs away must not
         # decide the batch.
         table = torch.stack([(CAP * torch.log1p(e / usual / CAP)).mean() for e in errors])
@@ -209,14 +220,18 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(made, steps=19000, decay=0.29, batch=10, lr=2e-3, ema=0.999, eval_every=1000)
     made.add_argument("--export", type=Path, help="write RUN/model from this state (of RUN, or a path) and end")
-    made.add_argument("--grow", type=Path, help="folder of a model with fewer --fine-blocks to begin with")
+    made.add_argument("--grow", type=Path, help="folder of a model to begin with, of as many --fine-blocks or fewer")
     made.add_argument("--patch", type=int, default=64, help="pixels of a side, a multiple of 8")
     made.add_argument("--weight-decay", type=float, default=0.0, help="of Muon")
     made.add_argument("--clip", type=float, default=5.0, help="largest norm of the gradient")
     made.add_argument("--shallow", type=int, default=3, help="refinement steps at first")
     made.add_argument("--shallow-until", type=int, default=12000, help="optimiser steps with that few")
     made.add_argument(
-        "--first-weight", type=float, default=1.0, help="weight of the first step's loss beside the last's 1"
+        "--weights",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="of the losses after step 1, 2, ...; the last: of all further",
     )
     made.add_argument("--tile", type=int, default=72)
     made.add_argument("--fine", type=int, default=64)
@@ -226,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--judge-width", type=int, default=64, help="of the judge's hidden layers")
     made.add_argument("--max-steps", type=int, default=6)
     made.add_argument(
-        "--judge-patches", type=int, default=8000, help="patches of a tile from which the judge learns at last"
+        "--judge-patches", type=int, default=12000, help="patches of a tile from which the judge learns at last"
     )
     return made
 

@@ -23,7 +23,9 @@ def append_row(log: Path, row: Mapping[str, Any]) -> None:
 
 
 def keep_until(log: Path, step: int) -> None:
-    """Drop what was logged after the state was saved: those steps are about to be taken again."""
+    """Drop what was logged after the state was saved: those steps are about to be taken again. No log: nothing to drop."""
+    if not log.exists():
+        return
     header, *rows = log.read_text().splitlines(keepends=True)
     write_atomic(log, "".join([header, *(row for row in rows if int(row.split(",")[0]) <= step)]))
 

@@ -168,7 +168,9 @@ class Training(ABC):
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
         except Exception as error:  # a damaged file: UnpicklingError, EOFError, IndexError, whatever its bytes lead to
-            raise InputError(f"{path}: no state of this model: {(str(error) or 'damaged').splitlines()[0]}") from error
+            # Of a list of tensors that do not fit, the first says enough.
+            said = "; ".join(line.strip().rstrip(":") for line in str(error).splitlines()[:2])
+            raise InputError(f"{path}: no state of this model: {said or 'damaged'}") from error
         for name, average in self.ema.shadow.items():
             average.copy_(state["ema"][name])
         self.step, self.seconds = state["step"], state["seconds"]

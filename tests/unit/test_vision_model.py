@@ -24,7 +24,7 @@ torch = pytest.importorskip("torch")
 from plugins_irp.vision.graphs import load_model  # noqa: E402
 from plugins_irp.vision.judge import EVIDENCE, evidence  # noqa: E402
 from plugins_irp.vision.model import UNIT, VisionModel  # noqa: E402
-from plugins_irp.vision.train import Stream, main, parser, teach_judge  # noqa: E402
+from plugins_irp.vision.train import Stream, continued, main, parser, teach_judge  # noqa: E402
 
 SMALL = VisionConfig(tile=32, fine=8, middle=8, coarse=8, judge_width=16, max_steps=3)
 
@@ -159,6 +159,8 @@ def test_training_steps_lower_the_loss_and_a_run_resumes_bit_for_bit(tmp_path: P
         main([*small_run, *grow, "--coarse", "16"])
     with pytest.raises(SystemExit, match="fine_blocks: expected at least 1, found 0"):
         main([*small_run, *grow, "--fine-blocks", "0"])
+    with pytest.raises(SystemExit, match="weights: expected numbers above 0, found 1.0 0.0"):
+        main([*small_run, *grow, "--fine-blocks", "2", "--weights", "1", "0"])
 
 
 def test_processes_that_share_the_batches_learn_what_one_learns(tmp_path: Path, small_run: list[str]) -> None:
@@ -198,6 +200,11 @@ def test_the_judge_learns_from_the_finished_model_and_nothing_else_changes() -> 
         assert torch.equal(p, before[name]) != name.startswith("judge")
 
 
+def test_the_last_weight_stands_for_all_further_steps() -> None:
+    assert continued([1.0, 2.0, 3.0], 5) == [1.0, 2.0, 3.0, 3.0, 3.0]
+    assert continued([1.0, 2.0, 3.0], 2) == [1.0, 2.0]
+
+
 def test_patches_larger_than_the_images_are_refused() -> None:
     with pytest.raises(InputError, match="expected at most 16 pixels, as in the images, found 24"):
         Stream(np.zeros((2, 16, 32), np.uint8), 1, 24, 0)
@@ -209,7 +216,7 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "set12.npz", a=scene(32, rng))
     torch.save({"model": {}}, tmp_path / "other.pt")
     small = ["--data", str(tmp_path), "--run", str(tmp_path / "run"), "--patch", "32", "--tile", "32"]
-    with pytest.raises(SystemExit, match="no state of this model"):
+    with pytest.raises(SystemExit, match=r"other\.pt: no state of this model: .*; Missing key"):
         main([*small, "--export", str(tmp_path / "other.pt")])
     (tmp_path / "damaged.pt").write_text("bad")
     with pytest.raises(SystemExit, match=r"damaged\.pt: no state of this model"):
