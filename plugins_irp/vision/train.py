@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from .model import FOLD, UNIT, VisionModel
 CHECK_SIGMA = 25.0
 CAP = 20.0
 JUDGE_EPOCHS, JUDGE_BATCH, JUDGE_RATE = 60, 100, 1e-3
-GAIN_CAP = 1 / DECIBEL
+GAIN_CAP = 1 / DECIBEL  # 1 dB
 USUAL = 1.1  # squared error that a denoiser leaves grows about as sigma ** USUAL (from the PSNR published for DnCNN)
 
 
@@ -156,8 +157,8 @@ class Trainer(Training):
             )
         except ValueError as error:
             raise InputError(str(error)) from error
-        if min(args.weights) <= 0:
-            raise InputError(f"weights: expected numbers above 0, found {' '.join(map(str, args.weights))}")
+        if not all(0 < weight < math.inf for weight in args.weights):
+            raise InputError(f"weights: expected finite numbers above 0, found {' '.join(map(str, args.weights))}")
         self.checks = tuple(f"val_{k + 1}" for k in range(self.config.max_steps))
         model: VisionModel = VisionModel(self.config).to(args.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.grown_from = ""
