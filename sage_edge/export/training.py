@@ -21,6 +21,7 @@ from torch import Tensor, distributed, nn
 
 from sage_edge.errors import InputError
 from sage_edge.export.learning_curve import LOG, append_row, keep_until
+from sage_edge.export.weights import first_misfit
 from sage_edge.files import replacing
 
 STATE, HOLD = "state.pt", "hold.pt"
@@ -168,9 +169,7 @@ class Training(ABC):
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
         except Exception as error:  # a damaged file: UnpicklingError, EOFError, IndexError, whatever its bytes lead to
-            # Of a list of tensors that do not fit, the first says enough.
-            said = "; ".join(line.strip().rstrip(":") for line in str(error).splitlines()[:2])
-            raise InputError(f"{path}: no state of this model: {said or 'damaged'}") from error
+            raise InputError(f"{path}: no state of this model: {first_misfit(error) or 'damaged'}") from error
         for name, average in self.ema.shadow.items():
             average.copy_(state["ema"][name])
         self.step, self.seconds = state["step"], state["seconds"]

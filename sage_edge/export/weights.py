@@ -24,6 +24,12 @@ def save_weights(path: Path, weights: dict[str, Tensor]) -> str:
         return sha256(temporary)
 
 
+def first_misfit(error: Exception) -> str:
+    """What PyTorch says of weights that do not fit, in one line: of a list of tensors, the first says enough. Empty where the
+    error says nothing."""
+    return "; ".join(line.strip().rstrip(":") for line in str(error).splitlines()[:2])
+
+
 def load_weights(path: Path, digest: str, model: nn.Module, described_in: str) -> None:
     """Fill `model` with the weights of a file, in eval mode and without gradients from then on.
 
@@ -37,7 +43,7 @@ def load_weights(path: Path, digest: str, model: nn.Module, described_in: str) -
     try:
         model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     except (SafetensorError, RuntimeError) as error:
-        raise InputError(f"{path}: does not fit {described_in}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path}: does not fit {described_in}: {first_misfit(error)}") from error
     model.eval().requires_grad_(False)
 
 
