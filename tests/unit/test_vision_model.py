@@ -155,6 +155,10 @@ def test_training_steps_lower_the_loss_and_a_run_resumes_bit_for_bit(tmp_path: P
     assert len(model.core_fine) == 2
     assert "3 steps of batch 2" in file.source
     assert "grown from plugins_irp/vision/train.py: 12 steps" in file.source
+    main([*small_run, *grow, "--run", str(tmp_path / "fast"), "--fine-blocks", "2", "--bfloat16"])
+    exact, rounded = trained(tmp_path / "grown"), trained(tmp_path / "fast")
+    assert any(not torch.equal(exact[name], rounded[name]) for name in exact)
+    assert all(torch.allclose(exact[name], rounded[name], atol=0.05) for name in exact)
     with pytest.raises(SystemExit, match=r"whole/model: expected .*coarse=16"):
         main([*small_run, *grow, "--coarse", "16"])
     with pytest.raises(SystemExit, match="fine_blocks: expected at least 1, found 0"):
