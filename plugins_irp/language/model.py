@@ -45,6 +45,16 @@ class WordTable(nn.Module):
         self.own = nn.Parameter(truncated_normal_(torch.empty(len(vocabulary), width), width**-0.5))
         self.grams = nn.Parameter(truncated_normal_(torch.empty(max(1, len(number)), width), 0.5 * width**-0.5))
 
+    @torch.no_grad()
+    def begin_with(self, vectors: Tensor) -> None:
+        """Own vectors from what is known of the tokens, float32 [vocab, n]: their directions among the first principal
+        components. Rows of zeros, of which nothing is known, stay random."""
+        known = vectors.abs().sum(1) > 0
+        centred = vectors[known] - vectors[known].mean(0)
+        _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+        near = centred @ axes[: self.own.shape[1]].t()
+        self.own[known, : near.shape[1]] = F.normalize(near, dim=1)
+
     def folded(self) -> Tensor:
         """The table, float32 [vocab, width]."""
         return self.own + F.embedding_bag(self.index, self.grams, self.offsets, mode="mean")

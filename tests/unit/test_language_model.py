@@ -15,9 +15,12 @@ pytest.importorskip("tokenizers")
 import torch
 
 from plugins_irp.language import train as training
+from plugins_irp.language.data import load_texts
 from plugins_irp.language.facts import MODEL, WEIGHTS, LanguageConfig, ModelFile
 from plugins_irp.language.graphs import SIGNALS, graph_model, load_model, save_model
+from plugins_irp.language.lessons import Stream, write_lessons, write_words
 from plugins_irp.language.model import LanguageModel, WordTable, letter_grams
+from plugins_irp.language.tokens import TOKENIZER, Tokens, train_tokenizer
 from sage_edge.config import dump_yaml
 from sage_edge.engines.build import BuildRecipe, build, open_engine
 from sage_edge.errors import InputError, IntegrityError
@@ -123,6 +126,21 @@ def test_words_written_alike_share_n_grams() -> None:
     assert folded[1].tolist() == folded[2].tolist() == [1.0] * 4
 
 
+def test_a_table_begins_with_what_is_known_of_words() -> None:
+    known = torch.tensor([[0.0, 0, 0], [2, 0, 1], [2, 0, 1.1], [-4, 0, 1], [0, 5, 1]])
+    table = WordTable(["<pad>", "▁car", "▁cars", "▁zoo", "▁yes"], 2)
+    before = table.own.detach().clone()
+    table.begin_with(known)
+    own = table.own.detach()
+    assert torch.equal(own[0], before[0])
+    torch.testing.assert_close(own[1:].norm(dim=1), torch.ones(4))
+    assert float(own[1] @ own[2]) > 0.99
+    assert float(own[1] @ own[3]) < 0
+    wide = WordTable(["<pad>", "▁car", "▁cars", "▁zoo", "▁yes"], 8)
+    wide.begin_with(known)  # fewer components than the table is wide: the others stay random
+    assert bool(torch.isfinite(wide.own).all())
+
+
 def test_orthogonal_brings_singular_values_near_one() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -144,14 +162,27 @@ def test_muon_descends() -> None:
 
 def arguments(tmp_path: Path, run: str) -> list[str]:
     return [
-        "--data", str(tmp_path), "--run", str(tmp_path / run), "--steps", "4", "--batch", "4", "--hidden", "16",
-        "--heads", "2", "--embedding", "8", "--vocab", "380", "--max-steps", "2", "--device", "cpu",
+        "--data", str(tmp_path), "--lessons", str(tmp_path / "lessons"), "--run", str(tmp_path / run), "--steps", "4",
+        "--batch", "4", "--hidden", "16", "--heads", "2", "--embedding", "8", "--max-steps", "2", "--device", "cpu",
         "--eval-every", "2", "--log-every", "1",
     ]  # fmt: skip
 
 
-def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path) -> None:
+def prepare(tmp_path: Path) -> None:
+    """Texts, and lessons of them by a teacher that thinks nothing."""
     write_clinc(tmp_path)
+    lessons = tmp_path / "lessons"
+    lessons.mkdir()
+    texts = load_texts(tmp_path)
+    train_tokenizer((text for text, _ in texts.train), 380, lessons / TOKENIZER)
+    stream = Stream(texts, Tokens(lessons / TOKENIZER), 4, np.random.default_rng(0))
+    write_words(lessons, np.zeros((stream.tokens.size, 3), np.float32))
+    even = np.full((4, len(texts.intents)), 1 / len(texts.intents), np.float32)
+    write_lessons(lessons / "lessons-0.npz", stream, lambda tokens: even, LanguageConfig.seq_len)
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    prepare(tmp_path)
     for run in ("whole", "halved"):
         (tmp_path / run).mkdir()
     whole = training.Trainer(training.parser().parse_args(arguments(tmp_path, "whole")))
@@ -172,7 +203,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path: Path) -> None:
 
 def test_training_writes_model_log_and_curve(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    write_clinc(tmp_path)
+    prepare(tmp_path)
     training.main(arguments(tmp_path, "run"))
     run = tmp_path / "run"
     with (run / "log.csv").open(newline="") as handle:

@@ -1,0 +1,173 @@
+"""Training sentences, damaged anew each time they are drawn, and lessons: such sentences with what a teacher thinks of them.
+
+Lessons lie in files of a pass over the training sentences each (`lessons-0.npz`, ...), which `teacher.py` writes; beside them
+`words.npz` holds what the teacher knew of each token before it was taught anything here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sage_edge.arrays import read_npz, write_npz
+from sage_edge.errors import InputError
+
+from .corrupt import IGNORE, Rates, Vocabulary, damage
+from .data import Texts
+from .tokens import Tokens
+
+CROSSED = 0.25  # of the sentences are put together of two of the same intent
+LIGHT = Rates(mask=0.05, typo=0.02, cut=0.1)
+LESSONS, WORDS = "lessons-*.npz", "words.npz"
+
+Ints = npt.NDArray[np.int32]
+Shares = npt.NDArray[np.float32]
+
+
+def batches_of_like_length(lengths: npt.NDArray[np.int64], batch: int, rng: np.random.Generator) -> list[list[int]]:
+    """Rows of one epoch in batches: shuffled, sorted by length within stretches of 16 batches; what is left over is left."""
+    order = rng.permutation(len(lengths))
+    stretch = 16 * batch
+    parts = (order[i : i + stretch] for i in range(0, len(order), stretch))
+    flat = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+    cut = [flat[i : i + batch].tolist() for i in range(0, len(flat) - batch + 1, batch)]
+    return [cut[i] for i in rng.permutation(len(cut))]
+
+
+class Stream:
+    """Endless shuffled batches of damaged training sentences; those of a batch are of like length."""
+
+    def __init__(self, texts: Texts, tokens: Tokens, batch: int, rng: np.random.Generator) -> None:
+        self.rng, self.tokens, self.batch = rng, tokens, batch
+        self.vocabulary = Vocabulary(tokens.mask, tokens.empty, tokens.pieces)
+        number = {name: i for i, name in enumerate(texts.intents)}
+        self.words = [tokens.normalise(text).split() for text, _ in texts.train]
+        self.labels = np.array([number[intent] for _, intent in texts.train], np.int32)
+        self.alike = [np.flatnonzero(self.labels == label) for label in range(len(texts.intents))]
+        self.length = np.array([len(w) for w in self.words])
+        self.queue: list[list[int]] = []
+
+    def refill(self) -> None:
+        """One more epoch."""
+        self.queue = batches_of_like_length(self.length, self.batch, self.rng)
+
+    def rates(self) -> Rates:
+        """A fifth of the sentences gets little damage, the others any amount up to three fifths of their words."""
+        draw, mask, drop = self.rng.random(3)
+        return LIGHT if draw < 0.2 else Rates(mask=0.6 * mask, drop=0.1 * drop, typo=0.06, cut=0.1)
+
+    def sentence(self, row: int) -> list[str]:
+        """The words of a sentence; sometimes it ends as another of the same intent does."""
+        words = self.words[row]
+        if self.rng.random() >= CROSSED:
+            return words
+        other = self.words[self.rng.choice(self.alike[self.labels[row]])]
+        share = self.rng.random()
+        crossed = words[: round(share * len(words))] + other[round(share * len(other)) :]
+        return crossed or words
+
+    def draw(self, limit: int) -> tuple[Ints, Ints, Ints]:
+        """Damaged tokens and what they should be, int32 [batch, n], n at most `limit`; intents int32 [batch]."""
+        if not self.queue:
+            self.refill()
+        rows = self.queue.pop()
+        pairs = [damage(self.sentence(row), self.rates(), self.vocabulary, self.rng) for row in rows]
+        length = min(limit, max(len(found) for found, _ in pairs))
+        damaged = self.tokens.batch((found for found, _ in pairs), length)
+        return damaged, self.tokens.batch((wanted for _, wanted in pairs), length, IGNORE), self.labels[rows]
+
+
+class Check:
+    """Calibration sentences with a fixed share of masked words, in batches of like length."""
+
+    def __init__(self, texts: Texts, tokens: Tokens, rate: float) -> None:
+        rng = np.random.default_rng(1)
+        vocabulary = Vocabulary(tokens.mask, tokens.empty, tokens.pieces)
+        pairs, wanted = texts.calibration, Rates(mask=rate)
+        rows = [damage(tokens.normalise(text).split(), wanted, vocabulary, rng)[0] for text, _ in pairs]
+        labels = [texts.intents.index(intent) for _, intent in pairs]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        self.batches: list[tuple[Ints, Ints]] = []
+        for start in range(0, len(order), 250):
+            part = order[start : start + 250]
+            array = tokens.batch([rows[i] for i in part], len(rows[part[-1]]))
+            self.batches.append((array, np.array([labels[i] for i in part], np.int32)))
+
+    def accuracy(self, intents: Callable[[Ints], Ints]) -> float:
+        """Share of right intents, by the intents int32 [n] that `intents` gives for tokens int32 [n, m]."""
+        right = sum(int((intents(tokens) == labels).sum()) for tokens, labels in self.batches)
+        return right / sum(len(labels) for _, labels in self.batches)
+
+
+def checks(texts: Texts, tokens: Tokens) -> dict[str, Check]:
+    """What a training is watched on: nothing masked, and a fifth of the words."""
+    return {f"val_{round(100 * rate)}": Check(texts, tokens, rate) for rate in (0.0, 0.2)}
+
+
+def write_lessons(path: Path, stream: Stream, opinion: Callable[[Ints], Shares], limit: int) -> None:
+    """One pass over the training sentences. opinion(tokens int32 [n, m]): the teacher's shares of the intents, [n, intents]."""
+    stream.refill()
+    tokens, targets, intents, shares = [], [], [], []
+    while stream.queue:
+        damaged, wanted, labels = stream.draw(limit)
+        short = ((0, 0), (0, limit - damaged.shape[1]))
+        tokens.append(np.pad(damaged, short))
+        targets.append(np.pad(wanted, short, constant_values=IGNORE))
+        intents.append(labels)
+        shares.append(opinion(damaged))
+    write_npz(path, {
+        "tokens": np.concatenate(tokens).astype(np.int16), "targets": np.concatenate(targets).astype(np.int16),
+        "intents": np.concatenate(intents), "shares": np.concatenate(shares).astype(np.float16),
+    })  # fmt: skip
+
+
+def write_words(folder: Path, vectors: Shares) -> None:
+    """vectors float32 [vocab, n], zeros where nothing is known of a token."""
+    write_npz(folder / WORDS, {"vectors": vectors})
+
+
+def read_words(folder: Path, vocab: int) -> Shares:
+    """What `write_words` wrote. Raises InputError where it is not of `vocab` tokens."""
+    vectors = read_npz(folder / WORDS).get("vectors")
+    if vectors is None or vectors.ndim != 2 or len(vectors) != vocab or not np.isfinite(vectors).all():
+        raise InputError(
+            f"{folder / WORDS}: expected finite `vectors` [{vocab}, n]; write them anew with language.teacher"
+        )
+    return np.asarray(vectors, np.float32)
+
+
+class Lessons:
+    """Endless shuffled batches of all lessons of a folder; those of a batch are of like length.
+
+    Raises InputError where there are none, or where they are of other intents than `intents` many.
+    """
+
+    def __init__(self, folder: Path, batch: int, intents: int, rng: np.random.Generator) -> None:
+        parts = [read_npz(path) for path in sorted(folder.glob(LESSONS))]
+        if not parts:
+            raise InputError(f"{folder}: no {LESSONS}; write them with `python -m plugins_irp.language.teacher`")
+        try:
+            whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            self.tokens, self.targets = whole["tokens"], whole["targets"]
+            self.intents, self.shares = whole["intents"], whole["shares"]
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{folder}: {LESSONS} do not belong together: {error}; write them anew") from error
+        if self.shares.shape[1:] != (intents,):
+            raise InputError(f"{folder}: lessons of {self.shares.shape[1]} intents, the texts have {intents}")
+        self.rng, self.batch = rng, batch
+        self.length = (self.tokens != 0).sum(1)
+        self.queue: list[list[int]] = []
+
+    def draw(self) -> tuple[Ints, Ints, Ints, Shares]:
+        """Damaged tokens and what they should be, int32 [batch, n]; intents int32 [batch]; the teacher's shares, float32."""
+        if not self.queue:
+            self.queue = batches_of_like_length(self.length, self.batch, self.rng)
+        rows = self.queue.pop()
+        cut = slice(0, int(self.length[rows].max()))
+        return (
+            self.tokens[rows, cut].astype(np.int32), self.targets[rows, cut].astype(np.int32),
+            self.intents[rows], self.shares[rows].astype(np.float32),
+        )  # fmt: skip

