@@ -121,7 +121,7 @@ nb::object FocusHandle::loan(nb::handle self, nb::handle shape, nb::handle dtype
   if (!d.dtype) raise(errors.input, "port %s: loan: the port takes any dtype, so say which", name.c_str());
   if (shape.is_none() && !shape_fixed_) raise(errors.input, "port %s: loan: the port takes more than one shape, so say which", name.c_str());
   if (!dtype.is_none() || !shape.is_none()) {
-    if (const char* wrong = misfit(d)) raise(errors.input, "port %s: loan: %s is not what the port takes (its spec says which)", name.c_str(), wrong);
+    check_own(d, "loan");
     d.id = 0;
     if (check(d, 0, 0, port.region().geometry().slot_bytes)) {
       raise(errors.input, "port %s: loan: the tensor is larger than a slot (%llu bytes); raise max_bytes in ports.yaml", name.c_str(),
@@ -162,6 +162,10 @@ nb::object FocusHandle::loan(nb::handle self, nb::handle shape, nb::handle dtype
 
 void FocusHandle::check_item(const Descriptor& d) const {
   if (const char* wrong = misfit(d)) raise_status(Status::Corrupt, name, wrong);
+}
+
+void FocusHandle::check_own(const Descriptor& d, const char* doing) const {
+  if (const char* wrong = misfit(d)) raise(errors.input, "port %s: %s: %s is not what the port takes (its spec says which)", name.c_str(), doing, wrong);
 }
 
 bool FocusHandle::try_receive(nb::handle self, nb::object& out) {
@@ -286,7 +290,7 @@ std::uint64_t Loan::send(nb::handle view, std::uint32_t tag, nb::handle trust, n
   d.ttl_us = ttl_code(ttl_ms, port.port.region().geometry().ttl_us);
   if (!view.is_none()) {
     describe_view(view, port.payload(slot), port.port.region().geometry().slot_bytes, d, port.name);
-    port.check_item(d);
+    port.check_own(d, "send");
     set_writable(view.ptr(), false);
   }
   const bool referenced = views_alive();

@@ -54,7 +54,9 @@ class FocusHandle {
   void require_open() const {
     if (closed_) raise(errors.closed, "port %s: is closed here; open it again", name.c_str());
   }
-  void check_item(const Descriptor& descriptor) const;  // dtype and shape against the port's; raises
+  // Dtype and shape against the port's: of what came, whose sender is broken then, and of what is to be sent from here.
+  void check_item(const Descriptor& descriptor) const;
+  void check_own(const Descriptor& descriptor, const char* doing) const;
 
   FocusPort port;
   std::string name;

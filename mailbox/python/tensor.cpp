@@ -1,3 +1,4 @@
+#define SAGE_EDGE_IMPORTS_NUMPY
 #include "tensor.hpp"
 
 #include <cstring>
@@ -125,7 +126,7 @@ void describe_view(nb::handle view, const void* data, std::uint64_t bytes, Descr
   if (!PyArray_Check(view.ptr())) raise(errors.input, "port %s: send: a view of the loan's array was expected", p);
   auto* a = reinterpret_cast<PyArrayObject*>(view.ptr());
   if (PyArray_DATA(a) != data) raise(errors.input, "port %s: send: the view must begin at the first element of the loan's array", p);
-  const int code = dtype_code(nb::steal(reinterpret_cast<PyObject*>([&] { auto* t = PyArray_DESCR(a); Py_INCREF(t); return t; }())));
+  const int code = dtype_code(nb::borrow(reinterpret_cast<PyObject*>(PyArray_DESCR(a))));
   if (code != d.dtype) raise(errors.input, "port %s: send: the view has another dtype than the loan", p);
   const int ndim = PyArray_NDIM(a);
   const bool contiguous = PyArray_IS_C_CONTIGUOUS(a);

@@ -2,6 +2,9 @@
 #pragma once
 
 #define PY_ARRAY_UNIQUE_SYMBOL sage_edge_mailbox_numpy
+#ifndef SAGE_EDGE_IMPORTS_NUMPY  // tensor.cpp alone holds NumPy's function table; from 2.5 on, other headers declare it too
+#define NO_IMPORT_ARRAY
+#endif
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
 
 #include "support.hpp"

@@ -302,6 +302,16 @@ def test_views_that_cannot_be_sent(mailbox: Mailbox, cut: Any, message: str) -> 
         del view
 
 
+def test_a_view_that_the_port_does_not_take_can_be_put_right(port: FocusPort) -> None:
+    with port.loan() as loan:
+        with pytest.raises(InputError, match="send: shape is not what the port takes"):
+            loan.send(loan.array[:, :2])
+        loan.array[:] = 7
+        loan.send()
+    with receive(port) as item:
+        assert (item.array == 7).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
