@@ -4,11 +4,12 @@ The promise: with probability `confidence` over the draw of the calibration item
 new items drawn like them is at most `max_loss`. It needs that the items are independent and that those met later come
 from where these came from; nothing is assumed of the model, the signals or how they are spread.
 
-How (Learn then Test, arXiv 2110.01052; for early exits: CALM, arXiv 2207.07061, and "Fast yet Safe", NeurIPS 2024,
-arXiv 2405.20915): "the mean loss of this policy exceeds max_loss" is tested exactly (0/1 losses) or by betting (losses in
-[0, 1]), see `risk`. A path of policies is tested from the safest, full steps, towards the boldest, each at the whole error
-budget 1 - confidence, and ends at the first that is not rejected. This fixed-sequence test certifies wrongly only if it
-rejects the first policy on the path that is truly too lossy: one test at one budget, however fine the grid.
+How (Learn then Test, arXiv 2110.01052; for early exits: CALM, arXiv 2207.07061, and "Fast yet Safe", NeurIPS 2024, arXiv
+2405.20915): "the mean loss of this policy exceeds max_loss" is tested exactly (0/1 losses) or by betting (losses of at most
+1, below 0 where something was gained), see `risk`. A path of policies is tested from the safest, full steps, towards the
+boldest, each at the whole error budget 1 - confidence, and ends at the first that is not rejected. This fixed-sequence test
+certifies wrongly only if it rejects the first policy on the path that is truly too lossy: one test at one budget, however
+fine the grid.
 
 Several families: a fixed share of the items (DESIGN_SHARE, drawn by a fixed seed) only picks the path that looks best;
 the others, which had no part in that choice, certify along it at the whole budget. The alternative, splitting the error
@@ -44,7 +45,8 @@ Losses = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss by name: `of(traces, taken)` gives values in [0, 1], [n], of stopping example i after taken[i] steps.
+    """A loss by name: `of(traces, taken)` gives values in [-1, 1], [n], of stopping example i after taken[i] steps; below 0
+    is gained, and counts against what others lose.
 
     binary: it only ever gives 0 and 1, so the exact binomial test applies. A plugin passes its own.
     """
@@ -145,7 +147,7 @@ class Promise:
 def tabulate(traces: Traces, families: Sequence[str], loss: Loss) -> tuple[Table, ...]:
     """Replay every path of the families whose signals the model gives.
 
-    Raises InputError when none of them is given, or when a loss leaves [0, 1].
+    Raises InputError when none of them is given, or when a loss leaves [-1, 1].
     """
     given = set(traces.names)
     given |= {"energy"} if "entropy_mean" in given else set()  # a bare engine's entropy is its energy
@@ -161,8 +163,8 @@ def tabulate(traces: Traces, families: Sequence[str], loss: Loss) -> tuple[Table
     for path in usable:
         taken = np.stack([steps_taken(traces, policy) for policy in path.policies])
         losses = np.stack([np.asarray(loss.of(traces, row), np.float64) for row in taken])
-        if losses.shape != taken.shape or not ((losses >= 0) & (losses <= 1)).all():
-            raise InputError(f"loss {loss.name!r}: expected one value in 0..1 for each of the {len(traces)} examples")
+        if losses.shape != taken.shape or not (abs(losses) <= 1).all():
+            raise InputError(f"loss {loss.name!r}: expected one value in -1..1 for each of the {len(traces)} examples")
         if loss.binary and not np.isin(losses, (0, 1)).all():
             raise InputError(f"loss {loss.name!r}: is declared binary but gives values other than 0 and 1")
         tables.append(Table(path, taken.astype(np.int16), losses))

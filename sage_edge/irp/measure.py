@@ -78,9 +78,10 @@ def record_traces(
     return Recorded(traces, quality, energies, digest(examples), groups)
 
 
-def quality_lost(full: Floats, other: Floats, unit: float) -> Floats:
-    """The fall from `full` to `other`, both [n], in units, cut to 0..1."""
-    return np.clip((full - other) / unit, 0.0, 1.0)
+def quality_lost(full: Floats, other: Floats, unit: float, binary: bool) -> Floats:
+    """The fall from `full` to `other`, both [n], in units, cut to -1..1: what some gain counts against what others lose, so that
+    the mean is the fall of the mean. binary (`is_binary`): cut to 0..1, only what is lost counts, for an exact test."""
+    return np.clip((full - other) / unit, 0.0 if binary else -1.0, 1.0)
 
 
 def is_binary(quality: Floats, unit: float) -> bool:
@@ -89,13 +90,14 @@ def is_binary(quality: Floats, unit: float) -> bool:
 
 
 def quality_loss(recorded: Recorded, unit: float) -> Loss:
-    """The loss that halting is certified for: fall of quality against full steps."""
+    """The loss that halting is certified for: fall of quality against full steps, see `quality_lost`."""
     quality = recorded.quality
+    binary = is_binary(quality, unit)
 
     def lost(traces: Traces, taken: Steps) -> Floats:
-        return quality_lost(quality[:, -1], quality[np.arange(len(quality)), taken - 1], unit)
+        return quality_lost(quality[:, -1], quality[np.arange(len(quality)), taken - 1], unit, binary)
 
-    return Loss("quality_lost", lost, binary=is_binary(quality, unit))
+    return Loss("quality_lost", lost, binary)
 
 
 def calibrated(plugin: Plugin[Any], recorded: Recorded, promise: Promise | None = None) -> Calibration:

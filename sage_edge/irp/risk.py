@@ -1,9 +1,10 @@
 """Distribution-free tests and bounds on a mean loss, from n independent losses and nothing else.
 
-Losses of 0 and 1: exact binomial tails (Clopper and Pearson 1934). Losses anywhere in [0, 1]: testing by betting (Waudby-Smith
+Losses of 0 and 1: exact binomial tails (Clopper and Pearson 1934). Losses of at most 1: testing by betting (Waudby-Smith
 and Ramdas, arXiv 2010.15110; for risk control: Bates et al., arXiv 2101.02703, proposition 5). A capital of 1 is staked, loss by
 loss, on the mean being below the limit; if it is not, the capital reaches 1 / error with probability `error` at most (Ville's
-inequality). Losses that vary little are certified from far fewer items than by Hoeffding-Bentkus, which must take
+inequality). A loss may lie below 0, where something was gained: only a large one can take the capital, whatever the others
+are. Losses that vary little are certified from far fewer items than by Hoeffding-Bentkus, which must take
 them for 0 and 1. All are valid at every n; none assumes a shape of the distribution.
 """
 
@@ -47,8 +48,8 @@ def _won(losses: Losses, staked: Losses, limit: float, error: float) -> bool:
 
 
 def certifies(losses: Losses, limit: float, error: float, binary: bool) -> bool:
-    """Whether "the mean loss exceeds `limit`" is rejected at `error`. losses in [0, 1], in an order that does not depend on
-    them; binary: each is 0 or 1. 0 < limit < 1, 0 < error < 1."""
+    """Whether "the mean loss exceeds `limit`" is rejected at `error`. losses of at most 1, in an order that does not depend
+    on them; binary: each is 0 or 1. 0 < limit < 1, 0 < error < 1."""
     if not len(losses):
         return False
     if binary:

@@ -76,7 +76,8 @@ def lower_plugin(
             progress(f"{name} quality of {len(rest)} examples")
             with each:
                 last.append(record_traces(each, rest).quality[:, -1])
-        losses, binary = quality_lost(last[0], last[1], spec.unit), is_binary(np.stack(last), spec.unit)
+        binary = is_binary(np.stack(last), spec.unit)
+        losses = quality_lost(last[0], last[1], spec.unit, binary)
         quality = Quality(
             spec.quality, len(rest), float(last[0].mean()), float(last[1].mean()), float(losses.mean()) * spec.unit,
             upper_bound(losses, 1 - spec.confidence, binary) * spec.unit,

@@ -202,8 +202,14 @@ def test_a_plugins_loss_must_stay_within_its_bounds() -> None:
     traces = recorded()
     half = Loss("half", lambda t, taken: np.where(taken < t.steps, 0.5, 0.0))
     assert calibrate(traces, Promise(0.02, loss=half), ["learned"]).chosen.loss_sum <= 0.02 * len(traces)
-    with pytest.raises(InputError, match="loss 'big': expected one value in 0..1"):
+    with pytest.raises(InputError, match="loss 'big': expected one value in -1..1"):
         tabulate(traces, ["patience"], Loss("big", lambda t, taken: taken.astype(float)))
+    # What is gained counts against what is lost: a sure gain buys a sure loss.
+    even = Loss("even", lambda t, taken: np.where(taken < t.steps, np.where(np.arange(len(t)) % 2, 0.5, -0.5), 0.0))
+    lost = Loss("lost", lambda t, taken: np.where(taken < t.steps, np.where(np.arange(len(t)) % 2, 0.5, 0.0), 0.0))
+    bold, careful = (calibrate(traces, Promise(0.05, loss=loss), ["patience"]).chosen for loss in (even, lost))
+    assert bold.mean_steps < careful.mean_steps
+    assert bold.loss_sum < 0.05 * len(traces)
     with pytest.raises(InputError, match="declared binary but gives values"):
         tabulate(traces, ["patience"], Loss("half", half.of, binary=True))
 
