@@ -28,7 +28,12 @@ Shares = npt.NDArray[np.float32]
 
 
 def batches_of_like_length(lengths: npt.NDArray[np.int64], batch: int, rng: np.random.Generator) -> list[list[int]]:
-    """Rows of one epoch in batches: shuffled, sorted by length within stretches of 16 batches; what is left over is left."""
+    """Rows of one epoch in batches: shuffled, sorted by length within stretches of 16 batches; what is left over is left.
+
+    Raises InputError for a batch that is larger than all of them.
+    """
+    if batch > len(lengths):
+        raise InputError(f"batch: expected at most {len(lengths)}, as many as there are sentences, found {batch}")
     order = rng.permutation(len(lengths))
     stretch = 16 * batch
     parts = (order[i : i + stretch] for i in range(0, len(order), stretch))

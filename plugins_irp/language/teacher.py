@@ -117,9 +117,8 @@ class Trainer(Training):
         if not (args.run / WORDS).exists():
             write_words(args.run, model.word_vectors())
         model.to(args.device)
-        known = torch.optim.AdamW(model.bert.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-        head = torch.optim.AdamW(model.head.parameters(), lr=HEAD_RATE * args.lr, weight_decay=args.weight_decay)
-        super().__init__(args, model, (known, head), rng)
+        groups = [{"params": model.bert.parameters()}, {"params": model.head.parameters(), "scale": HEAD_RATE}]
+        super().__init__(args, model, [torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)], rng)
         self.parts = checks(texts, self.tokens)
         self.checks = tuple(self.parts)
 
@@ -167,7 +166,7 @@ class Trainer(Training):
             path = args.run / f"lessons-{part}.npz"
             if not path.exists():
                 rng = np.random.default_rng([args.seed, 1 + part])
-                write_lessons(path, Stream(self.texts, self.tokens, 2 * args.batch, rng), opinion, SEQ_LEN)
+                write_lessons(path, Stream(self.texts, self.tokens, args.batch, rng), opinion, SEQ_LEN)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -123,7 +123,8 @@ class Training(ABC):
         return batch[self.rank :: self.processes].to(self.device)
 
     def update(self, loss: Tensor, clip: float) -> float:
-        """Gradients, clipped to the norm `clip`; a step of the optimisers and of the average. Returns the norm."""
+        """Gradients, clipped to the norm `clip`; a step of the optimisers and of the average. Returns the norm. A group of
+        parameters with a `scale` learns at that many times the learning rate."""
         loss.backward()  # type: ignore[no-untyped-call]
         if self.processes > 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -135,7 +136,7 @@ class Training(ABC):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate()
+                group["lr"] = self.learning_rate() * group.get("scale", 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1

@@ -103,6 +103,8 @@ def test_lessons_that_are_none_are_refused(tmp_path: Path, texts: Texts, tokens:
     with pytest.raises(InputError, match="language.teacher"):
         Lessons(tmp_path, 4, 2, rng)
     lessons_of(tmp_path, texts, tokens)
+    with pytest.raises(InputError, match="batch: expected at most 24, .* found 25"):
+        Lessons(tmp_path, 25, 2, rng).draw()
     with pytest.raises(InputError, match="lessons of 2 intents, the texts have 12"):
         Lessons(tmp_path, 4, 12, rng)
     write_words(tmp_path, np.ones((7, 3), np.float32))
@@ -138,6 +140,8 @@ def write_bert(folder: Path, words: set[str]) -> None:
 def test_the_teacher_writes_lessons_that_the_model_learns_from(tmp_path: Path, texts: Texts) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("matplotlib")
+    import torch
+
     from plugins_irp.language import teacher, train
     from plugins_irp.language.graphs import load_model
 
@@ -147,6 +151,8 @@ def test_the_teacher_writes_lessons_that_the_model_learns_from(tmp_path: Path, t
                "--batch", "4", "--vocab", "380", "--passes", "2", "--device", "cpu", "--log-every", "1"]  # fmt: skip
     teacher.main(options)
     assert (run / "log.csv").read_text().count("\n") == 4
+    groups = torch.load(run / "state.pt", weights_only=True)["optimizers"][0]["param_groups"]
+    assert groups[1]["lr"] == pytest.approx(10 * groups[0]["lr"])
     first, second = (read_npz(run / f"lessons-{part}.npz") for part in range(2))
     assert not np.array_equal(first["tokens"], second["tokens"])
     np.testing.assert_allclose(first["shares"].astype(np.float32).sum(1), 1, atol=2e-3)
