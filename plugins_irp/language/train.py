@@ -14,7 +14,6 @@ next one's will be (q_continue). RUN gets state.pt (to resume), log.csv and, at 
 from __future__ import annotations
 
 import argparse
-import copy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from .corrupt import IGNORE
 from .data import load_texts
 from .facts import LanguageConfig
 from .graphs import save_model
-from .lessons import Ints, Lessons, checks, read_words
+from .lessons import CURVES, Ints, Lessons, checks, read_words
 from .model import LanguageModel, WordTable
 from .tokens import TOKENIZER, Tokens
 
@@ -110,11 +109,9 @@ class Trainer(Training):
     @torch.no_grad()
     def averaged(self) -> LanguageModel:
         """The model with averaged weights and a plain token table."""
-        both = copy.deepcopy(self.model)
-        both.load_state_dict(self.averaged_state())
-        model, table = parts_of(both)
+        model, table = parts_of(self.averaged_model())
         model.embed_tokens.embedding_weight.copy_(table.folded())
-        return model.eval()
+        return model
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -162,12 +159,7 @@ def train(args: argparse.Namespace, console: Console) -> None:
     source = f"plugins_irp/language/train.py: {trainer.step} steps of batch {args.batch}, seed {args.seed}"
     save_model(args.run / "model", trainer.averaged(), trainer.texts.intents, source)
     shutil.copyfile(args.lessons / TOKENIZER, args.run / "model" / TOKENIZER)
-    plot(
-        args.run / LOG,
-        args.run / "learning-curve.png",
-        {"val_0": "clean", "val_20": "20 % of words masked"},
-        "intent_loss",
-    )
+    plot(args.run / LOG, args.run / "learning-curve.png", CURVES, "intent_loss")
     console.print(f"wrote {args.run / 'model'} after {trainer.seconds / 3600:.2f} hours of training")
 
 

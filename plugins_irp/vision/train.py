@@ -19,7 +19,6 @@ sigma 25 after k steps, by averaged weights; `seconds`: CPU seconds on a CPU) an
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -183,7 +182,7 @@ class Trainer(Training):
         steps = args.shallow if self.step < args.shallow_until else self.config.max_steps
         usual = (sigma + 2) ** USUAL / UNIT**2
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bfloat16):
-            errors = [error.float() for _, error in unrolled(model, clean, noisy, steps)]
+            errors = [error for _, error in unrolled(model, clean, noisy, steps)]
         weights = torch.tensor(continued(args.weights, steps), device=self.device)
         # Beyond CAP times the usual the loss grows with the logarithm: one patch on which the recurrence runs away must not
         # decide the batch.
@@ -193,18 +192,11 @@ class Trainer(Training):
         return {"loss": float(table[-1].detach()), "first_loss": float(table[0].detach()), "gradient": norm}
 
     def evaluate(self) -> dict[str, float]:
-        return dict(zip(self.checks, check(self.averaged(), self.sets, self.device), strict=True))
-
-    @torch.no_grad()
-    def averaged(self) -> VisionModel:
-        """The model with averaged weights."""
-        model: VisionModel = copy.deepcopy(self.model)
-        model.load_state_dict(self.averaged_state())
-        return model.eval()
+        return dict(zip(self.checks, check(self.averaged_model(), self.sets, self.device), strict=True))
 
     def write_model(self, console: Console) -> None:
         """RUN/model and RUN/learning-curve.png of where the training stands."""
-        args, model = self.args, self.averaged()
+        args, model = self.args, self.averaged_model()
         stream = Stream(self.sets.train, args.batch, args.tile, args.seed + 1)
         teach_judge(model, stream, args.judge_patches, console)
         hours = self.seconds / 3600

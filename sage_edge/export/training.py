@@ -8,6 +8,7 @@ slower than float32: at the language model's size that was a third of the traini
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -146,6 +147,12 @@ class Training(ABC):
     def averaged_state(self) -> dict[str, Any]:
         """The model's state dict with averaged parameters; buffers are as they are."""
         return {**self.model.state_dict(), **self.ema.shadow}
+
+    def averaged_model(self) -> Any:
+        """A copy of the model with averaged weights, not in training; of the class of `model`."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self.averaged_state())
+        return model.eval()
 
     def falling(self) -> float:
         """Share of the learning rate that is left: 1 until it falls, linearly to 2 % at the end of the run."""
