@@ -93,8 +93,9 @@ class StepError:
 class LayerPrecision:
     """One layer: what was asked for, what it has, and why it was kept higher (empty: it was not).
 
-    share: of the step's multiplications in all layers. error: relative RMS error of a step with this layer alone lowered;
-    None: not measured, because nothing had to be kept higher.
+    share: of the multiplications of all layers in encode and one step. error: relative RMS error of a step (for a layer of
+    the encode graph: of what that gives) with this layer alone lowered; None: not measured, because nothing had to be kept
+    higher.
     """
 
     layer: str
@@ -104,6 +105,7 @@ class LayerPrecision:
     share: float
     error: float | None
     reason: str
+    graph: Literal["encode", "refine"] = "refine"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Lowering:
 class Bundle:
     """The content of bundle.yaml; step_gflop is the arithmetic of the matrix products of one step of one slot.
 
-    precision: that of all layers of the refine graph, `mixed` where they differ; lowering says the rest, and is absent for
+    precision: that of all layers, `mixed` where they differ; lowering says the rest, and is absent for
     fp32. Raises ValueError, naming the graph, when the graphs do not fit together.
     """
 

@@ -82,7 +82,7 @@ class VisionModel(nn.Module):
         self.config = config
         fine, middle, coarse = config.fine, config.middle, config.coarse
         self.embed = conv(PARTS, fine)
-        self.mix = conv(fine, fine)
+        self.core_embed = conv(fine, fine)
         self.inject = conv(2 * PARTS, fine, gain=0.3)
         self.down_fine, self.down_middle = Down(fine, middle), Down(middle, coarse)
         self.up_coarse, self.up_middle = Up(coarse, middle), Up(middle, fine)
@@ -94,9 +94,10 @@ class VisionModel(nn.Module):
     def encode(self, noisy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Observation to (parts, fine, middle, coarse, noise); what is not known yet is 0."""
         parts = F.pixel_unshuffle((noisy - noisy.mean((2, 3), keepdim=True)) / UNIT, FOLD)
-        fine = self.mix(F.relu(self.embed(parts)))
-        middle = torch.zeros_like(self.down_fine(fine))
-        coarse = torch.zeros_like(self.down_middle(middle))
+        fine = self.core_embed(F.relu(self.embed(parts)))
+        slots, _, height, width = fine.shape
+        middle = fine.new_zeros((slots, self.config.middle, height // 2, width // 2))
+        coarse = fine.new_zeros((slots, self.config.coarse, height // 4, width // 4))
         return parts, fine, middle, coarse, torch.zeros_like(parts)
 
     def step(

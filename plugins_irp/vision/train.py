@@ -170,8 +170,8 @@ class Trainer(Training):
             self.grown_from = f", grown from {file.source}"
         self.stream = Stream(self.sets.train, args.batch, args.patch, args.seed)
         named = list(model.named_parameters())
-        inner = [p for n, p in named if ".conv" in n or "core_" in n or "mix" in n]
-        outer = [p for n, p in named if not (".conv" in n or "core_" in n or "mix" in n)]
+        inner = [p for n, p in named if ".conv" in n or "core_" in n]
+        outer = [p for n, p in named if not (".conv" in n or "core_" in n)]
         muon = Muon(inner, lr=args.lr, weight_decay=args.weight_decay)
         adam = torch.optim.AdamW(outer, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         super().__init__(args, model, (muon, adam), self.stream.rng)

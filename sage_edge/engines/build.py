@@ -21,7 +21,7 @@ from sage_edge.errors import GateError, InputError
 from sage_edge.files import replacing_directory, sha256
 
 # Part of the cache key: raise it whenever the same bundle would become a different engine.
-BUILDER_VERSION = "1"
+BUILDER_VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _optimize(bundle_path: Path, bundle: Bundle, folder: Path, progress: Callabl
     for name in GRAPH_NAMES:
         progress(f"fuse {name}")
         model = onnx.load(str(bundle_path / f"{name}.onnx"), load_external_data=False)
-        if name == "refine" and bundle.lowering is not None:
+        if name != "decode" and bundle.lowering is not None:
             model, patterns = int8_form(model)
         else:
             patterns = fuse(model).patterns()

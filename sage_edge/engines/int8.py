@@ -1,4 +1,4 @@
-"""A lowered refine graph in the form that ONNX Runtime's CPU provider runs fastest: real INT8 products.
+"""A lowered graph in the form that ONNX Runtime's CPU provider runs fastest: real INT8 products.
 
 The graph is stripped to float32 (the CPU has no float16 arithmetic), fused like any other, and then every product of an INT8
 layer becomes QuantizeLinear + MatMulIntegerToFloat. Activations are stored as uint8 with zero point 128: the same values as
@@ -31,7 +31,7 @@ MIDDLE = 128  # uint8 code of zero
 
 
 def int8_form(lowered: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:
-    """The CPU form of a lowered refine graph, and how often each pattern was fused, INT8 products among them."""
+    """The CPU form of a lowered graph, and how often each pattern was fused, INT8 products among them."""
     plain = stripped(lowered)
     model = plain.model
     patterns = fuse(model).patterns()

@@ -98,7 +98,7 @@ def step_errors(low: Runner, reference: Reference, fp32: Runner | None = None) -
 
 
 class _Distance:
-    """Squared errors of the carry, largest error and equal predictions, summed up over chunks of a reference."""
+    """Squared errors of the carry, largest error and equal predictions (if any), summed up over chunks of a reference."""
 
     def __init__(self, wanted: list[dict[str, Array]], carry: list[str]) -> None:
         steps = len(wanted)
@@ -116,8 +116,9 @@ class _Distance:
             self.error[step, i] += float((gap**2).sum())
             self.size[step, i] += float((expected[name].astype(np.float64) ** 2).sum())
             self.largest[step] = min(BROKEN, max(self.largest[step], float(np.abs(gap).max())))
-        self.equal[step] += int((got["prediction"] == expected["prediction"]).sum())
-        self.count[step] += got["prediction"].size
+        if "prediction" in got:
+            self.equal[step] += int((got["prediction"] == expected["prediction"]).sum())
+            self.count[step] += got["prediction"].size
 
     def relative(self, step: int) -> float:
         """Root of the mean squared error beside that of the values, for the worse tensor of the carry."""
@@ -149,7 +150,8 @@ def check_lowered(
     """
     limits = Limits(**lowering.limits)
     steps = step_errors(runner, reference, fp32)
-    findings = [*step_findings(steps, limits), *life_findings(runner, reference, limits)]
+    encoded = any(layer.graph == "encode" and layer.precision != "fp32" for layer in lowering.layers)
+    findings = [*step_findings(steps, limits), *life_findings(runner, reference, limits, encoded)]
     if fp32 is not None and data is not None:
         traces = []
         for name, each in (("fp32", fp32), ("lowered", runner)):
@@ -163,9 +165,29 @@ def _counted(progress: Callable[[str], None], name: str, total: int, done: int) 
     progress(f"{name}: {done} of {total} examples")
 
 
-def life_findings(low: Runner, reference: Reference, limits: Limits) -> list[Finding]:
-    """Encode parity, truthful signals, signs of life, and slots that do not see each other."""
-    findings = [check.encode_parity(low, reference, check.TOLERANCE)]
+def encode_error(low: Runner, reference: Reference) -> float:
+    """Relative RMS error of what encode gives: that of the worst tensor of context and carry."""
+    names = list(reference.start)
+    distance = _Distance([reference.start], names)
+    for rows in check.row_chunks(low, len(reference.signals[0])):
+        distance.add(0, rows, low.read(low.encode(check.take(reference.observation, rows))))
+    return distance.relative(0)
+
+
+def encode_finding(low: Runner, reference: Reference, limits: Limits) -> Finding:
+    """Whether a lowered encode graph is close to the fp32 model's."""
+    error = encode_error(low, reference)
+    return Finding(
+        "encode_error", error <= limits.step_error, f"relative RMS error {error:.4f}, allowed {limits.step_error:g}"
+    )
+
+
+def life_findings(low: Runner, reference: Reference, limits: Limits, encoded: bool) -> list[Finding]:
+    """Encode (close, where it is `encoded` lower, else equal), truthful signals, signs of life, and slots that do not see
+    each other."""
+    findings = [
+        encode_finding(low, reference, limits) if encoded else check.encode_parity(low, reference, check.TOLERANCE)
+    ]
     findings += check.truthful_signals(low, reference, check.TOLERANCE)
     findings += check.liveness(low, reference)
     findings.append(_slot_independence(low, reference, limits))

@@ -1,4 +1,4 @@
-"""The layers of a refine graph that can be lowered: products and convolutions with a constant weight inside a module.
+"""The layers of a graph that can be lowered: products and convolutions with a constant weight inside a module.
 
 The graph holds the cycles of a step unrolled, so one layer (one weight) stands for several products; they share their
 precision, because a weight kept in two precisions would cost more than it saves. Each product has an activation range of
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -19,10 +20,14 @@ from sage_edge.engines.onnx_graph import Graph, attribute, is_standard
 from sage_edge.errors import InputError
 
 # `H_level.layers.0.mlp.down_proj` belongs to H. The projections between the levels of hrm-bidirectional belong to the
-# level that they read. A model of one level calls it `core`, of several scales `core_fine`, `core_coarse` ...
+# level that they read. A model of one level calls it `core`, of several scales `core_fine`, `core_coarse` ..., and what
+# leads to them in its encode graph `core_embed`.
 _LEVEL = re.compile(r"(?:^|\.)([A-Za-z])_level\.")
 _PROJECTION = re.compile(r"(?:^|\.)([a-z])_to_[a-z]\.")
 _CORE = re.compile(r"(?:^|\.)(core(?:_[a-z0-9]+)*)\.")
+
+GraphName = Literal["encode", "refine"]
+LOWERABLE: tuple[GraphName, ...] = ("encode", "refine")
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Layer:
 
     shape: (inner, columns) of a product's weight, [out, in, h, w] of a convolution's. results: for each convolution the
     value that is rounded to 8 bits behind it: its output, or that of the ReLU which alone reads it; empty for products.
-    work: multiplications of a step, for each row of its products.
+    work: multiplications of a step (of one run of the encode graph), for each row of its products.
     """
 
     name: str
@@ -42,6 +47,7 @@ class Layer:
     inputs: tuple[str, ...]
     work: int
     results: tuple[str, ...] = ()
+    graph: GraphName = "refine"
 
     @property
     def is_convolution(self) -> bool:
@@ -61,18 +67,18 @@ def module_of(weight: str) -> str | None:
     return found[1] if found else None
 
 
-def find_layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
-    """The layers of `model` in the order of their first product.
+def find_layers(model: onnx.ModelProto, name: GraphName = "refine") -> tuple[Layer, ...]:
+    """The layers of `model`, the graph `name` of a bundle, in the order of their first product.
 
-    Raises InputError when it has none: then it is no graph whose weights are named as ours are.
+    Raises InputError when a refine graph has none: then it is no graph whose weights are named as ours are.
     """
     graph = Graph(model)
     uses: dict[str, list[NodeProto]] = {}
     for node in graph.nodes:
         if (is_standard(node, "MatMul") or _plain_convolution(node)) and module_of(node.input[1]):
             uses.setdefault(node.input[1], []).append(node)
-    layers = [layer for weight, nodes in uses.items() if (layer := _layer(graph, weight, nodes)) is not None]
-    if not layers:
+    layers = [layer for weight, nodes in uses.items() if (layer := _layer(graph, weight, nodes, name)) is not None]
+    if not layers and name == "refine":
         raise InputError(
             "the refine graph holds no layer that can be lowered: none of its products has a float32 weight whose name "
             "speaks of a module (`H_level.`, `L_level.`, `core.`)"
@@ -86,7 +92,7 @@ def _plain_convolution(node: NodeProto) -> bool:
     return plain and attribute(node, "group", 1) == 1 and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
 
 
-def _layer(graph: Graph, weight: str, nodes: list[NodeProto]) -> Layer | None:
+def _layer(graph: Graph, weight: str, nodes: list[NodeProto], name: GraphName) -> Layer | None:
     """The layer of a weight, or None when that cannot be lowered."""
     array = graph.array(weight)
     operator = nodes[0].op_type
@@ -95,7 +101,8 @@ def _layer(graph: Graph, weight: str, nodes: list[NodeProto]) -> Layer | None:
     rows, results = len(nodes), tuple[str, ...]()
     if operator == "Conv":
         results = tuple(_rounded(graph, node) for node in nodes)
-        if graph.outputs & {*results}:  # what leaves the graph is not rounded
+        # Rounding the carry would add up from step to step, and an estimate must not be coarser than its signals say.
+        if name == "refine" and graph.outputs & {*results}:
             return None
         places = [(graph.shape(node.output[0]) or ())[2:] for node in nodes]
         rows = sum(math.prod(n for n in place if isinstance(n, int)) for place in places)
@@ -108,6 +115,7 @@ def _layer(graph: Graph, weight: str, nodes: list[NodeProto]) -> Layer | None:
         inputs=tuple(node.input[0] for node in nodes),
         work=array.size * rows,
         results=results,
+        graph=name,
     )
 
 

@@ -12,6 +12,7 @@ import onnx
 
 from sage_edge.bundle import (
     BUNDLE_FILE,
+    GRAPH_NAMES,
     REFERENCE_FILE,
     Bundle,
     GateResult,
@@ -94,9 +95,10 @@ def lower_bundle(
                 lowering,
             )
         with replacing_directory(output, BUNDLE_FILE) as folder:
-            for name in ("encode.onnx", "decode.onnx", REFERENCE_FILE):
+            for name in (*(f"{graph}.onnx" for graph in GRAPH_NAMES), REFERENCE_FILE):
                 shutil.copyfile(source / name, folder / name)
-            onnx.save(bench.lowered(found.plan).model, str(folder / "refine.onnx"))
+            for graph, low in bench.lowered(found.plan).items():
+                onnx.save(low.model, str(folder / f"{graph}.onnx"))
             lowered = replace(
                 bundle,
                 precision=_summary(found.plan),
@@ -113,7 +115,7 @@ def _describe(bench: Workbench, found: _Found, report: PrecisionReport, request:
         fp32_sha256=sha256(bench.source / BUNDLE_FILE),
         data_sha256=bench.digest,
         data_items=bench.items,
-        range_items=bench.ranges.items,
+        range_items=bench.ranges["refine"].items,
         equalised=len(bench.pairs),
         cost=round(cost(found.plan, bench.layers), 4),
         layers=_table(bench.layers, found),
@@ -226,6 +228,7 @@ def _table(layers: tuple[Layer, ...], found: _Found) -> tuple[LayerPrecision, ..
             share=round(layer.work / whole, 4),
             error=round(found.errors[layer.name], 6) if layer.name in found.errors else None,
             reason=found.reasons.get(layer.name, "") if found.plan[layer.name] != found.asked[layer.name] else "",
+            graph=layer.graph,
         )
         for layer in layers
     )

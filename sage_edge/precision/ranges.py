@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,9 @@ from sage_edge.engines.onnx_graph import known_shapes
 from sage_edge.engines.ort import open_session
 from sage_edge.runtime import batches
 from sage_edge.specs import Array
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 BATCH = 16
 
@@ -48,19 +53,13 @@ def collect_ranges(
     graph: the refine graph to run, that of the bundle or one with the same values; values: names of float values in it;
     progress is called with the number of observations done.
     """
-    model = onnx.load(str(graph), load_external_data=False)
     names = list(dict.fromkeys(values))
-    widths = _watch(model, names)
     carry = [spec.name for spec in bundle.model.carry]
-    edges = np.cumsum([0, *widths])
-    sizes = np.zeros((bundle.max_steps, int(edges[-1])), np.float32)
+    encode = open_session(folder / "encode.onnx", threads, optimize=True, spin=False)
+    checked = bundle.model.validate_observation(observation, "calibration data")
     done = 0
-    with TemporaryDirectory(prefix="sage-edge-ranges-") as temporary:
-        path = Path(temporary) / "refine.onnx"
-        onnx.save(model, str(path))
-        encode = open_session(folder / "encode.onnx", threads, optimize=True, spin=False)
-        refine = open_session(path, threads, optimize=True)
-        checked = bundle.model.validate_observation(observation, "calibration data")
+    with _watched(graph, names, threads) as (refine, widths):
+        sizes = np.zeros((bundle.max_steps, sum(widths)), np.float32)
         for batch in batches(checked, BATCH):
             state = dict(zip([s.name for s in bundle.graphs.encode.outputs], encode.run(None, batch), strict=True))
             for step in range(bundle.max_steps):
@@ -70,9 +69,37 @@ def collect_ranges(
             done += len(next(iter(batch.values())))
             if progress:
                 progress(done)
+    return _ranges(names, widths, sizes, done)
+
+
+def collect_encode_ranges(
+    folder: Path, bundle: Bundle, values: Sequence[str], observation: dict[str, Array], threads: int
+) -> Ranges:
+    """The same for float values of the encode graph, which runs once: amax float32 [1, values]."""
+    names = list(dict.fromkeys(values))
+    checked = bundle.model.validate_observation(observation, "calibration data")
+    with _watched(folder / "encode.onnx", names, threads) as (encode, widths):
+        found = [encode.run(["ranges/all"], batch)[0] for batch in batches(checked, BATCH)]
+    return _ranges(names, widths, np.max(found, axis=0, keepdims=True), len(next(iter(checked.values()))))
+
+
+@contextmanager
+def _watched(graph: Path, names: Sequence[str], threads: int) -> Iterator[tuple[ort.InferenceSession, list[int]]]:
+    """A session of `graph` that also gives the sizes of values (`_watch`), and how many numbers each takes there."""
+    model = onnx.load(str(graph), load_external_data=False)
+    widths = _watch(model, names)
+    with TemporaryDirectory(prefix="sage-edge-ranges-") as temporary:
+        path = Path(temporary) / graph.name
+        onnx.save(model, str(path))
+        yield open_session(path, threads, optimize=True), widths
+
+
+def _ranges(names: Sequence[str], widths: Sequence[int], sizes: npt.NDArray[np.float32], items: int) -> Ranges:
+    """sizes: float32 [steps, numbers of all values], as `_watch` gives them."""
+    edges = np.cumsum([0, *widths])
     parts = [sizes[:, edges[i] : edges[i + 1]] for i in range(len(names))]
     channels = {name: part.max(axis=0) for name, part in zip(names, parts, strict=True) if part.shape[1] > 1}
-    return Ranges(tuple(names), np.stack([part.max(axis=1) for part in parts], axis=1), channels, done)
+    return Ranges(tuple(names), np.stack([part.max(axis=1) for part in parts], axis=1), channels, items)
 
 
 def _watch(model: onnx.ModelProto, names: Sequence[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The fp32 refine graph rewritten for lower precision: explicit casts and Q/DQ, standard opset 19, for typed builders.
+"""An fp32 graph rewritten for lower precision: explicit casts and Q/DQ, standard opset 19, for typed builders.
 
 A product of a lowered layer gives float16, and so does what follows from it alone (head splits, rotations, attention
 products, SiLU), until it meets a float32 value: the residual stream, which with its RMSNorms stays float32, as do softmax,
@@ -20,7 +20,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from sage_edge.engines.onnx_graph import Graph, is_standard
 from sage_edge.precision.formats import Quantised, quantise, scale_for
-from sage_edge.precision.layers import Layer, find_layers
+from sage_edge.precision.layers import GraphName, Layer, find_layers
 from sage_edge.specs import Array, Precision
 
 # Follow the precision of what they read. Whatever is not named here is computed in float32.
@@ -50,8 +50,10 @@ class Lowered:
     halves: dict[str, str]
 
 
-def lower(model: onnx.ModelProto, plan: Mapping[str, Precision], amax: Mapping[str, float]) -> Lowered:
-    """Rewrite a copy of `model` by `plan`.
+def lower(
+    model: onnx.ModelProto, plan: Mapping[str, Precision], amax: Mapping[str, float], name: GraphName = "refine"
+) -> Lowered:
+    """Rewrite a copy of `model`, the graph `name` of a bundle, by `plan`.
 
     plan: precision by layer name (`find_layers`); a layer that is not named stays fp32. amax: largest magnitude of the
     input of each product of an INT8 or FP8 layer, and of the results of its convolutions. Raises KeyError for a layer or a
@@ -59,8 +61,8 @@ def lower(model: onnx.ModelProto, plan: Mapping[str, Precision], amax: Mapping[s
     """
     lowered = onnx.ModelProto()
     lowered.CopyFrom(model)
-    layers = {layer.name: layer for layer in find_layers(model)}
-    work = _Rewriter(lowered, {layers[name]: precision for name, precision in plan.items()}, amax)
+    layers = {layer.name: layer for layer in find_layers(model, name)}
+    work = _Rewriter(lowered, {layers[layer]: precision for layer, precision in plan.items()}, amax)
     work.run()
     return Lowered(onnx.shape_inference.infer_shapes(lowered, strict_mode=True), {**work.cast_inputs, **work.computed})
 
@@ -213,12 +215,12 @@ class _Rewriter:
         return name
 
     def _restore_output(self, name: str) -> None:
-        """A graph output keeps its name and dtype: the float16 value is renamed and cast."""
+        """A graph output keeps its name and dtype: the float16 value is renamed, and it or what it was rounded to is cast."""
         half = f"{name}/fp16"
         for node in self.nodes:
             node.input[:] = [half if i == name else i for i in node.input]
             node.output[:] = [half if o == name else o for o in node.output]
-        self.nodes.append(_cast(half, name, TensorProto.FLOAT))
+        self.nodes.append(_cast(self.rounded.get(name, half), name, TensorProto.FLOAT))
         self.owner[half] = self.owner.pop(name)
 
     def _write(self) -> None:

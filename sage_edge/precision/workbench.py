@@ -30,6 +30,8 @@ from sage_edge.precision.equalise import equalise, find_pairs
 from sage_edge.precision.gate import (
     Limits,
     PrecisionReport,
+    encode_error,
+    encode_finding,
     headroom,
     headroom_finding,
     life_findings,
@@ -38,8 +40,8 @@ from sage_edge.precision.gate import (
     task_findings,
 )  # fmt: skip
 from sage_edge.precision.judge import judging_runner, write_judging
-from sage_edge.precision.layers import find_layers
-from sage_edge.precision.ranges import Ranges, collect_ranges
+from sage_edge.precision.layers import LOWERABLE, GraphName, Layer, find_layers
+from sage_edge.precision.ranges import Ranges, collect_encode_ranges, collect_ranges
 from sage_edge.precision.rewrite import Lowered, lower
 from sage_edge.runtime import Session
 from sage_edge.specs import Array, Precision
@@ -78,7 +80,7 @@ def data_digest(data: Dataset | dict[str, Array]) -> str:
 
 
 class Workbench:
-    """One fp32 model and its data; a context manager. `layers`, `pairs`, `ranges`, `items` are facts about them.
+    """One fp32 model and its data; a context manager. `layers`, `pairs`, `ranges` (by graph), `items` are facts about them.
 
     data: a dataset, or observations alone: then accuracy is not judged. threads: CPU threads of every runner. attempts: how
     many plans may be put to `judge`. Raises InputError for data that does not fit the model or cannot show what is asked.
@@ -131,18 +133,31 @@ class Workbench:
 
     def _calibrate(self) -> None:
         """Balance channels, then measure the ranges of everything that may be lowered, over all steps."""
-        self.model = onnx.load(str(self.source / "refine.onnx"), load_external_data=False)
-        self.layers = find_layers(self.model)
-        self.pairs = find_pairs(self.model, self.layers)
+        self.models: dict[GraphName, onnx.ModelProto] = {
+            name: onnx.load(str(self.source / f"{name}.onnx"), load_external_data=False) for name in LOWERABLE
+        }
+        self.layers = tuple(layer for name, model in self.models.items() for layer in find_layers(model, name))
+        refine = self.models["refine"]
+        self.pairs = find_pairs(refine, self._layers_of("refine"))
         graph = self.source / "refine.onnx"
         if self.pairs:
             consumed = [name for pair in self.pairs for name in pair.consumer.inputs]
-            equalise(self.model, self.pairs, self._measure("channels", graph, consumed, CHANNEL_ITEMS).channels)
+            equalise(refine, self.pairs, self._measure("channels", graph, consumed, CHANNEL_ITEMS).channels)
             graph = self._folder / "equalised.onnx"
-            onnx.save(self.model, str(graph))
-        everything = lower(self.model, {layer.name: "fp16" for layer in self.layers}, {}).halves
-        watched = [*(name for layer in self.layers for name in (*layer.inputs, *layer.results)), *everything]
-        self.ranges = self._measure("ranges", graph, watched, RANGE_ITEMS)
+            onnx.save(refine, str(graph))
+        self.ranges = {"refine": self._measure("ranges", graph, self._watched("refine"), RANGE_ITEMS)}
+        if watched := self._watched("encode"):
+            rows = self._rows(self.design[:RANGE_ITEMS])
+            self.ranges["encode"] = collect_encode_ranges(self.source, self.bundle, watched, rows, self.threads)
+
+    def _layers_of(self, name: GraphName) -> tuple[Layer, ...]:
+        return tuple(layer for layer in self.layers if layer.graph == name)
+
+    def _watched(self, name: GraphName) -> list[str]:
+        """The values of a graph whose ranges lowering wants."""
+        layers = self._layers_of(name)
+        halves = lower(self.models[name], {layer.name: "fp16" for layer in layers}, {}, name).halves
+        return [*(value for layer in layers for value in (*layer.inputs, *layer.results)), *halves]
 
     def _measure(self, what: str, graph: Path, values: Sequence[str], items: int) -> Ranges:
         rows = self.design[:items]
@@ -152,20 +167,37 @@ class Workbench:
 
         return collect_ranges(self.source, graph, self.bundle, values, self._rows(rows), self.threads, progress)
 
-    def lowered(self, plan: Mapping[str, Precision]) -> Lowered:
-        """The refine graph rewritten by `plan`, with the measured ranges."""
-        return lower(self.model, plan, self.ranges.largest)
+    def lowered(self, plan: Mapping[str, Precision]) -> dict[GraphName, Lowered]:
+        """The graphs in which `plan` lowers anything, rewritten with the measured ranges."""
+        made: dict[GraphName, Lowered] = {}
+        for name, model in self.models.items():
+            own = {layer.name: plan[layer.name] for layer in self._layers_of(name) if layer.name in plan}
+            if set(own.values()) - {"fp32"}:
+                made[name] = lower(model, own, self.ranges[name].largest, name)
+        return made
+
+    def headroom(self, lowered: Mapping[GraphName, Lowered]) -> dict[str, float]:
+        """For each lowered layer, how often its largest float16 value fits into float16's range."""
+        return {
+            layer: room
+            for name, one in lowered.items()
+            for layer, room in headroom(self.ranges[name], one.halves).items()
+        }
 
     def crowded(self, plan: Plan) -> dict[str, float]:
         """The layers whose float16 values come too close to the end of float16's range, with their headroom."""
-        room = headroom(self.ranges, self.lowered(plan).halves)
-        return {name: value for name, value in room.items() if value < self.limits.headroom}
+        return {
+            name: value for name, value in self.headroom(self.lowered(plan)).items() if value < self.limits.headroom
+        }
 
     def alone(self, name: str, precision: Precision) -> float:
-        """Relative RMS error of a step with only this layer lowered: the mean over the steps of a few items."""
+        """Relative RMS error with only this layer lowered: of a step, the mean over the steps of a few items, or of what
+        encode gives."""
         self.progress(f"sensitivity of {name}")
         few = _first(self._reference, ALONE_ITEMS)
         with self._runner({name: precision}) as runner:
+            if any(layer.name == name for layer in self._layers_of("encode")):
+                return encode_error(runner, few)
             return float(np.mean([step.error for step in step_errors(runner, few)]))
 
     def screen(self, plan: Plan) -> Screened:
@@ -182,7 +214,7 @@ class Workbench:
         self.progress(f"screen a graph with {count} of {len(plan)} layers lowered")
         with self._runner(plan) as runner:
             steps = step_errors(runner, self._reference)
-            findings = step_findings(steps, self.limits)
+            findings = [*step_findings(steps, self.limits), encode_finding(runner, self._reference, self.limits)]
             if self.data is not None and all(f.passed for f in findings):
                 loose = replace(self.limits, confidence=SCREEN_CONFIDENCE)
                 findings += task_findings(self._fp32_design(), self._traces(runner, self.design), loose)
@@ -196,8 +228,8 @@ class Workbench:
         with self._runner(plan) as runner:
             steps = step_errors(runner, self._reference, self.fp32)
             findings = step_findings(steps, self.limits)
-            findings += life_findings(runner, self._reference, self.limits)
-            findings.append(headroom_finding(headroom(self.ranges, lowered.halves), self.limits))
+            findings += life_findings(runner, self._reference, self.limits, "encode" in lowered)
+            findings.append(headroom_finding(self.headroom(lowered), self.limits))
             if self.data is not None:
                 strict = replace(self.limits, confidence=self._confidence(attempts))
                 findings += task_findings(self._fp32_certify(), self._traces(runner, self.certify), strict)
@@ -208,7 +240,8 @@ class Workbench:
     @contextmanager
     def _runner(self, plan: Mapping[str, Precision]) -> Iterator[Runner]:
         with TemporaryDirectory(dir=self._folder) as temporary:
-            write_judging(self.source, self.lowered(plan).model, Path(temporary))
+            lowered = {name: one.model for name, one in self.lowered(plan).items()}
+            write_judging(self.source, lowered, Path(temporary))
             with judging_runner(Path(temporary), self.bundle.model, SLOTS, self.threads, self.fp32.digest) as runner:
                 yield runner
 

@@ -173,6 +173,36 @@ def test_a_block_of_patterns_proves_equal_shapes_through_its_reshapes() -> None:
     assert counts(fused(b.model(x))[1]) == {"attention": 2, "skip_rms_norm": 2}
 
 
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "size", "attributes", "fuses"),
+    [
+        (4, 64, 3, {"pads": [1] * 4}, True),
+        (7, 16, 5, {"pads": [2] * 4}, True),
+        (8, 64, 3, {"pads": [1] * 4}, False),
+        (4, 8, 3, {"pads": [1] * 4}, False),
+        (4, 64, 3, {"pads": [1, 1, 0, 0]}, False),
+        (4, 64, 3, {}, False),
+        (4, 64, 3, {"pads": [1] * 4, "strides": [2, 2]}, False),
+        (4, 64, 3, {"pads": [2] * 4, "dilations": [2, 2]}, False),
+        (4, 64, 1, {}, False),
+        (4, 64, 2, {"pads": [1] * 4}, False),
+    ],
+)
+def test_a_narrow_convolution_that_keeps_the_size(
+    outputs: int, inputs: int, size: int, attributes: dict[str, object], fuses: bool
+) -> None:
+    b = Builder(x=[inputs, 9, 6])
+    model, report = fused(b.model(b("Conv", "x", random(outputs, inputs, size, size), **attributes)))
+    assert counts(report) == ({"narrow_convolution": 1} if fuses else {})
+    assert operators(model) == {"ConvTranspose" if fuses else "Conv": 1}
+
+
+def test_a_narrow_convolution_with_bias_or_groups_stays() -> None:
+    b = Builder(x=[64, 9, 6])
+    biased = b("Conv", "x", random(4, 64, 3, 3), random(4), pads=[1] * 4)
+    assert counts(fused(b.model(biased, b("Conv", "x", random(4, 32, 3, 3), pads=[1] * 4, group=2)))[1]) == {}
+
+
 def test_a_projection_is_split_once_for_all_its_uses() -> None:
     b = Builder(x=FLAT, y=FLAT)
     weight = b.constant(random(HIDDEN, 3 * HIDDEN))

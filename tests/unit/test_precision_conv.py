@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -16,15 +17,20 @@ from onnx import TensorProto, helper, numpy_helper
 from plugins_irp.vision.data import scene_examples
 from plugins_irp.vision.plugin import FOLDER
 from sage_edge.bundle import load_bundle
+from sage_edge.check import load_reference
+from sage_edge.engines.build import BuildRecipe, build, open_engine
 from sage_edge.engines.graph_cost import graph_cost
 from sage_edge.engines.int8 import int8_form
 from sage_edge.engines.onnx_graph import Graph
 from sage_edge.engines.tensorrt_support import check_model
 from sage_edge.errors import InputError
+from sage_edge.precision.gate import Limits, check_lowered, encode_error
+from sage_edge.precision.judge import open_judging
 from sage_edge.precision.layers import Layer, find_layers, modules
+from sage_edge.precision.lower import lower_bundle
 from sage_edge.precision.plan import parse_request
 from sage_edge.precision.qdq import judging, stripped
-from sage_edge.precision.ranges import collect_ranges
+from sage_edge.precision.ranges import collect_encode_ranges, collect_ranges
 from sage_edge.precision.rewrite import lower, quantise_weight
 from sage_edge.precision.workbench import Workbench
 from sage_edge.specs import Precision
@@ -241,16 +247,78 @@ def test_filters_are_quantised_by_output_channel(seed: int) -> None:
 
 
 def test_fp8_is_refused_for_convolutions_and_left_out_of_auto(noisy: np.ndarray, tmp_path: Path) -> None:
-    from sage_edge.precision.gate import Limits
     from sage_edge.precision.lower import _asked
 
     bundle = load_bundle(BUNDLE)
     with Workbench(BUNDLE, bundle, {"noisy": noisy}, Limits(), 1, lambda stage: None) as bench:
-        with pytest.raises(
-            InputError, match=r"core_coarse\.first is a convolution, for which there is no FP8; use int8"
-        ):
+        with pytest.raises(InputError, match="core_embed is a convolution, for which there is no FP8; use int8"):
             _asked(parse_request("fp8"), bench.layers)
         assert [set(plan.values()) for plan in _asked(parse_request("auto"), bench.layers)] == [{"int8"}]
+
+
+@pytest.fixture(scope="module")
+def encode() -> Model:
+    return onnx.load(BUNDLE / "encode.onnx")
+
+
+def test_what_leads_to_the_core_is_a_layer_though_its_result_leaves_the_graph(encode: Model) -> None:
+    (layer,) = find_layers(encode, "encode")
+    assert (layer.name, layer.module, layer.graph, layer.results) == ("core_embed", "core_embed", "encode", ("fine",))
+    assert find_layers(convolution(weight="head.weight"), "encode") == ()
+
+
+@pytest.mark.parametrize(("precision", "least", "most"), [("fp16", 1e-5, 2e-3), ("int8", 5e-3, 0.1)])
+def test_a_lowered_encode_graph_keeps_its_outputs(
+    precision: Precision, least: float, most: float, encode: Model, noisy: np.ndarray
+) -> None:
+    ranges = collect_encode_ranges(BUNDLE, load_bundle(BUNDLE), ["relu", "fine"], {"noisy": noisy}, 1)
+    assert ranges.largest["fine"] == pytest.approx(np.abs(run(encode, {"noisy": noisy})[1]).max(), rel=1e-5)
+    low = lower(encode, {"core_embed": precision}, ranges.largest, "encode").model
+    onnx.checker.check_model(low, full_check=True)
+    assert [(v.name, v.type) for v in low.graph.output] == [(v.name, v.type) for v in encode.graph.output]
+    wanted, judged, ours = (run(graph, {"noisy": noisy}) for graph in (encode, judging(low), int8_form(low)[0]))
+    assert least < relative(judged[1], wanted[1]) < most
+    assert relative(ours[1], judged[1]) < 0.3 * most
+    for index in (0, 2, 3, 4):
+        np.testing.assert_allclose(ours[index], wanted[index], atol=1e-6)
+    if precision == "int8":
+        assert len(np.unique(ours[1])) <= 255
+
+
+def test_the_bundle_and_its_engine_have_the_lowered_encode_graph(noisy: np.ndarray, tmp_path: Path) -> None:
+    made = lower_bundle(BUNDLE, tmp_path / "low", parse_request("int8"), {"noisy": noisy})
+    lowering = made.bundle.lowering
+    assert lowering is not None
+    assert [layer.layer for layer in lowering.layers if layer.graph == "encode"] == ["core_embed"]
+    assert [f.passed for f in lowering.gate if f.name == "encode_error"] == [True]
+    assert "encode_parity" not in {f.name for f in lowering.gate}
+    built = build(made.path, BuildRecipe(slots=2))
+    assert built.manifest.fused["int8_convolution"] == 1 + 2 * len(CORES)
+    reference = load_reference(made.path / "reference.npz")
+    with open_judging(made.path, 2) as judged, open_engine(built.path, 1) as engine:
+        for runner in (judged, engine):
+            assert 1e-3 < encode_error(runner, reference) < 0.1
+            strict = dataclasses.replace(lowering, limits={**lowering.limits, "step_error": 1e-3})
+            assert {f.name for f in check_lowered(runner, reference, strict).failures} >= {"encode_error", "step_error"}
+
+
+def test_an_encode_graph_that_stays_is_copied_and_must_be_equal(noisy: np.ndarray, tmp_path: Path) -> None:
+    made = lower_bundle(BUNDLE, tmp_path / "low", parse_request("core_fine: int8"), {"noisy": noisy})
+    assert (made.path / "encode.onnx").read_bytes() == (BUNDLE / "encode.onnx").read_bytes()
+    assert "encode_parity" in {f.name for f in made.report.findings}
+    assert made.bundle.precision == "mixed"
+
+
+def test_an_encode_layer_that_breaks_the_gate_stays_higher(noisy: np.ndarray) -> None:
+    """INT8's error of encode is about 0.04: with 0.01 allowed there, fp16 is what is left."""
+    with Workbench(BUNDLE, load_bundle(BUNDLE), {"noisy": noisy}, Limits(), 1, lambda stage: None) as bench:
+        assert 0.02 < bench.alone("core_embed", "int8") < 0.1
+        assert bench.alone("core_embed", "fp16") < 2e-3
+        assert bench.screen({"core_embed": "int8"}).passed
+        bench.limits = Limits(step_error=0.01)
+        assert bench.screen({"core_embed": "fp16"}).passed
+        bench._screened.clear()
+        assert bench.screen({"core_embed": "int8"}).failed == ("encode_error",)
 
 
 def test_a_layer_says_along_which_axis_its_channels_lie() -> None:
