@@ -42,13 +42,14 @@ def add(subparsers: Subparsers) -> None:
     calibrate = command(
         commands, "calibrate", _calibrate, "certify early halting, and learn what steps are worth",
         "Run the plugin's calibration examples to the last step, choose the policy with the fewest steps that keeps the\n"
-        "promise of plugin.yaml (max_loss, confidence; docs/halting.md), and learn what the scheduler expects of each\n"
-        "step. Both are kept in the plugin's home in the cache, and are void for any other code or weights.",
+        "promise of plugin.yaml (max_loss, confidence; docs/halting.md) or --max-loss, and learn what the scheduler\n"
+        "expects of each step. Both are kept in the plugin's home in the cache, and are void for any other code or weights.",
     )  # fmt: skip
     calibrate.add_argument("plugin", metavar="DIR|NAME")
     calibrate.add_argument(
         "--examples", metavar="N", type=positive, help="default: calibration_examples of plugin.yaml"
     )
+    _max_loss(calibrate)
     _engine(calibrate)
     _folders(calibrate)
     lower = command(
@@ -65,7 +66,7 @@ def add(subparsers: Subparsers) -> None:
         "--precision", metavar="P", default="int8", help="as `sage-edge export` takes it (default: int8)"
     )
     lower.add_argument("--examples", metavar="N", type=positive, help="default: calibration_examples of plugin.yaml")
-    lower.add_argument("--max-loss", metavar="X", type=amount, help="of quality, in the plugin's unit, on average")
+    _max_loss(lower)
     lower.add_argument("--threads", type=positive, help="CPU threads for ranges and gate (default: all usable cores)")
     _folders(lower)
 
@@ -73,6 +74,10 @@ def add(subparsers: Subparsers) -> None:
 def _folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plugins", metavar="DIR", type=Path, action="append", default=[],
                         help="a plugin's folder, or one that holds some; may be repeated")  # fmt: skip
+
+
+def _max_loss(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-loss", metavar="X", type=amount, help="of quality, in the plugin's unit, on average")
 
 
 def _engine(parser: argparse.ArgumentParser) -> None:
@@ -132,15 +137,16 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _calibrate(arguments: argparse.Namespace) -> int:
     from sage_edge.cli.calibrate import show
-    from sage_edge.irp.measure import bench_spec, keep_calibration, record_traces
+    from sage_edge.irp.measure import allowed_loss, bench_spec, keep_calibration, record_traces
     from sage_edge.irp.registry import open_plugin
 
     plugin: Any = open_plugin(arguments.plugin, arguments.plugins, _options(arguments))
     spec = bench_spec(plugin)
     count = arguments.examples or spec.calibration_examples
+    allowed_loss(plugin, arguments.max_loss)  # refused before the work
     with plugin, bar("examples", count) as progress:
         recorded = record_traces(plugin, plugin.examples(spec.calibration, count), progress)
-    certificate, path = keep_calibration(plugin, recorded)
+    certificate, path = keep_calibration(plugin, recorded, arguments.max_loss)
     if arguments.json:
         print_json({"certificate": str(path), **asdict(certificate)})
     else:

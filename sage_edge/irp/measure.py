@@ -100,21 +100,40 @@ def quality_loss(recorded: Recorded, unit: float) -> Loss:
     return Loss("quality_lost", lost, binary)
 
 
-def calibrated(plugin: Plugin[Any], recorded: Recorded, promise: Promise | None = None) -> Calibration:
-    """Raises InputError when this data cannot carry the promise (default: that of plugin.yaml)."""
+def allowed_loss(plugin: Plugin[Any], max_loss: float | None) -> float:
+    """What may be lost on average, in units of loss: `max_loss`, of quality, or what plugin.yaml promises. Raises InputError
+    from one unit on, where losses are cut off."""
     spec = bench_spec(plugin)
-    promise = promise or Promise(spec.max_loss, spec.confidence, quality_loss(recorded, spec.unit))
-    return calibrate(recorded.traces, promise, PLUGIN_FAMILIES)
+    if max_loss is None:
+        return spec.max_loss
+    if not 0 < max_loss < spec.unit:
+        raise InputError(
+            f"plugin {plugin.spec.name}: --max-loss {max_loss:g}: expected less than {spec.unit:g} ({spec.quality}), where "
+            "losses are cut off"
+        )
+    return max_loss / spec.unit
 
 
-def keep_calibration(plugin: Plugin[Any], recorded: Recorded) -> tuple[Certificate, Path]:
+def promise_of(plugin: Plugin[Any], recorded: Recorded, max_loss: float | None) -> Promise:
+    """What halting is certified for, see `allowed_loss`."""
+    spec = bench_spec(plugin)
+    return Promise(allowed_loss(plugin, max_loss), spec.confidence, quality_loss(recorded, spec.unit))
+
+
+def calibrated(plugin: Plugin[Any], recorded: Recorded, max_loss: float | None = None) -> Calibration:
+    """Raises InputError for a `max_loss` that will not do, and when this data cannot carry the promise."""
+    return calibrate(recorded.traces, promise_of(plugin, recorded, max_loss), PLUGIN_FAMILIES)
+
+
+def keep_calibration(
+    plugin: Plugin[Any], recorded: Recorded, max_loss: float | None = None
+) -> tuple[Certificate, Path]:
     """Certify halting and learn what steps are worth; both go to the plugin's home and take effect in `plugin` at once.
 
-    Raises InputError when the data cannot carry the promise; nothing is written then.
+    Raises what `calibrated` raises; nothing is written then.
     """
-    spec = bench_spec(plugin)
-    promise = Promise(spec.max_loss, spec.confidence, quality_loss(recorded, spec.unit))
-    found = calibrated(plugin, recorded, promise)
+    promise = promise_of(plugin, recorded, max_loss)
+    found = calibrate(recorded.traces, promise, PLUGIN_FAMILIES)
     home = make_home(plugin)
     worth = worth_of(recorded)
     write_npz(home / WORTH_FILE, to_arrays(worth))

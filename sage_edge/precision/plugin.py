@@ -12,7 +12,7 @@ from sage_edge.bundle import BUNDLE_FILE
 from sage_edge.errors import GateError, InputError
 from sage_edge.files import replacing_directory
 from sage_edge.irp.engine import EnginePlugin
-from sage_edge.irp.measure import bench_spec, is_binary, quality_lost, record_traces
+from sage_edge.irp.measure import allowed_loss, bench_spec, is_binary, quality_lost, record_traces
 from sage_edge.irp.plugin import Examples
 from sage_edge.irp.registry import open_plugin
 from sage_edge.irp.risk import upper_bound
@@ -53,11 +53,7 @@ def lower_plugin(
     nothing is written then.
     """
     spec = bench_spec(plugin)
-    if allowed is not None and allowed >= spec.unit:
-        raise InputError(
-            f"plugin {plugin.spec.name}: --max-loss {allowed:g}: expected less than {spec.unit:g} ({spec.quality}), where losses "
-            "are cut off"
-        )
+    share = allowed_loss(plugin, allowed)
     source = bundle_of(locate(plugin.engine), progress)
     # Around all of the work, so that an output that will not do is refused before it.
     with replacing_directory(output, BUNDLE_FILE) as folder:
@@ -81,7 +77,7 @@ def lower_plugin(
         quality = Quality(
             spec.quality, len(rest), float(last[0].mean()), float(last[1].mean()), float(losses.mean()) * spec.unit,
             upper_bound(losses, 1 - spec.confidence, binary) * spec.unit,
-            spec.max_loss * spec.unit if allowed is None else allowed, spec.confidence,
+            share * spec.unit, spec.confidence,
         )  # fmt: skip
         if not quality.passed:
             raise GateError(

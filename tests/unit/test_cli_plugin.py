@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def smooth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return Path("plugins_irp") / "smooth"
 
 
-def report_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+def report_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     code = main([*arguments, "--json"])
     found = json.loads(capsys.readouterr().out)
     return {"code": code, "report": found}
@@ -47,6 +48,13 @@ def test_from_a_name_to_a_checked_and_calibrated_plugin(smooth: Path, capsys: py
     assert "telemetry valid" in capsys.readouterr().out
     assert main(["plugin", "calibrate", "smooth", "--examples", "320"]) == 0
     assert "certificate: " in capsys.readouterr().out
+    first, loose = (
+        report_of(capsys, "plugin", "calibrate", "smooth", "--examples", "320", *more)["report"]
+        for more in ((), ("--max-loss", "0.5"))
+    )
+    assert (first["max_loss"], loose["max_loss"]) == (0.02, 0.5)
+    assert loose["chosen"]["mean_steps"] < first["chosen"]["mean_steps"]
+    assert first["chosen"]["bound"] <= 0.02 < loose["chosen"]["bound"] <= 0.5
 
 
 def test_a_plugin_that_does_not_conform_gives_1(smooth: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +72,7 @@ def test_a_plugin_that_does_not_conform_gives_1(smooth: Path, capsys: pytest.Cap
         (["plugin", "new", "smooth"], "exists already"),
         (["plugin", "ls", "--plugins", "nowhere"], "nowhere: no such folder"),
         (["plugin", "calibrate", "smooth", "--examples", "3"], "too little data"),
+        (["plugin", "calibrate", "smooth", "--max-loss", "1"], "--max-loss 1: expected less than 1 ("),
         (["trace", "show", "nothing.jsonl"], "no such file"),
         (["trace", "replay", "plugins_irp/smooth/plugin.py"], "not a recording"),
         (["bench", "--suite", "irp", "sudoku9"], "--suite irp measures plugins"),
