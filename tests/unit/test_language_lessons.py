@@ -115,6 +115,44 @@ def test_lessons_that_are_none_are_refused(tmp_path: Path, texts: Texts, tokens:
         Lessons(tmp_path, 4, 2, rng)
 
 
+def test_other_words_stand_where_near_ones_are_known_and_leave_the_intent_open(texts: Texts, tokens: Tokens) -> None:
+    known = {word for text, _ in texts.train for word in tokens.normalise(text).split()}
+    replaced = sorted(known)[::2]
+    stream = Stream(texts, tokens, 6, np.random.default_rng(0), dict.fromkeys(replaced, ("zebra", "yacht")))
+    changed, kept = 0, 0
+    for _ in range(60):
+        words = stream.sentence(int(stream.rng.integers(len(stream.words))))
+        other = stream.reworded(words)
+        assert len(other) == len(words)
+        moved = [(a, b) for a, b in zip(words, other, strict=True) if a != b]
+        assert all(a in replaced and b in ("zebra", "yacht") for a, b in moved)
+        changed, kept = changed + bool(moved), kept + (not moved)
+    assert changed > 10
+    assert kept > 10
+    assert stream.reworded(["hello"]) == ["hello"]
+    own = 0
+    for _ in range(10):
+        _, wanted, intents = stream.draw(LIMIT)
+        for row, intent in zip(wanted, intents, strict=True):
+            text = tokens.decode([i for i in row.tolist() if i != IGNORE])
+            if "zebra" in text or "yacht" in text:
+                assert intent == IGNORE
+            own += int(intent != IGNORE)
+    assert 10 < own < 60
+
+
+def test_the_teacher_says_what_a_sentence_of_other_words_means(tmp_path: Path, texts: Texts, tokens: Tokens) -> None:
+    near = {word: ("zebra",) for text, _ in texts.train for word in tokens.normalise(text).split()}
+    stream = Stream(texts, tokens, 4, np.random.default_rng(0), near)
+    write_lessons(tmp_path / "lessons-0.npz", stream, counted, LIMIT)
+    lessons = read_npz(tmp_path / "lessons-0.npz")
+    zebra = tokens.encode("zebra")
+    found = [any(row[i : i + len(zebra)].tolist() == zebra for i in range(LIMIT)) for row in lessons["targets"]]
+    assert 3 < sum(found) < len(found)
+    assert (lessons["intents"][found] == lessons["shares"][found].argmax(1)).all()
+    assert lessons["intents"].min() >= 0
+
+
 def test_a_check_counts_right_answers(texts: Texts, tokens: Tokens) -> None:
     assert list(checks(texts, tokens)) == ["val_0", "val_20"]
     check = Check(texts, tokens, 0.2)
@@ -169,6 +207,28 @@ def test_the_teacher_writes_lessons_that_the_model_learns_from(tmp_path: Path, t
     model, file = load_model(own / "model")
     assert model.config.vocab_size == Tokens(own / "model" / TOKENIZER).size
     assert file.config.intents == 12
+
+
+def test_near_words_are_those_of_the_nearest_vectors(tmp_path: Path, tokens: Tokens) -> None:
+    pytest.importorskip("torch")
+    import torch
+
+    from plugins_irp.language.teacher import NEAR, Teacher
+
+    angles = {f"word{chr(97 + i)}": 0.1 * i for i in range(20)}
+    write_bert(tmp_path, set(angles))
+    teacher = Teacher(tmp_path, tokens, 2, 0.0)
+    with torch.no_grad():
+        table = teacher.bert.get_input_embeddings().weight
+        table.zero_()
+        for name, angle in angles.items():
+            at = teacher.pretrained.get_vocab()[name]
+            table[at, :2] = torch.tensor([np.cos(angle), np.sin(angle)])
+        table -= table.mean(0)  # as `near` does, so that the angles are those that it sees
+    found = teacher.near(["worda", "wordk", "unheard"])
+    assert found["worda"][:3] == ["wordb", "wordc", "wordd"]
+    assert set(found["wordk"][:2]) == {"wordj", "wordl"}
+    assert all(len(near) == NEAR and word not in near for word, near in found.items())
 
 
 def test_a_folder_without_a_pretrained_model_is_a_clear_error(tmp_path: Path, texts: Texts) -> None:
