@@ -82,7 +82,7 @@ class VisionModel(nn.Module):
         self.config = config
         fine, middle, coarse = config.fine, config.middle, config.coarse
         self.embed = conv(PARTS, fine)
-        self.core_embed = conv(fine, fine)
+        self.core_embed = conv(fine, fine)  # by its name lowered with the core (precision/layers.py)
         self.inject = conv(2 * PARTS, fine, gain=0.3)
         self.down_fine, self.down_middle = Down(fine, middle), Down(middle, coarse)
         self.up_coarse, self.up_middle = Up(coarse, middle), Up(middle, fine)
