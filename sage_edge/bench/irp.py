@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -270,11 +270,13 @@ def _scheduler(measured: Sequence[Measured], options: Options, progress: Progres
     ]  # fmt: skip
     progress("scheduler: costs of a step", 0.0)
     costs = {c.name: measured_costs(c.plugin) for c in contenders}
+    alone = {c.name: sharing.alone_ms(c, costs[c.name], options.profile) for c in contenders}
+    working = [replace(c, step_ms=alone[c.name]) for c in contenders]
     return {
         "simulated": sharing.compare(contenders, options.seconds, options.seeds, options.profile, progress),
         "real": {
-            "seconds": options.real_s, "step_ms": {name: dict(c.ms_by_size) for name, c in costs.items()},
-            "rows": sharing.run_real(contenders, 1.5, options.real_s, costs, options.profile, progress),
+            "seconds": options.real_s, "step_ms": {name: dict(c.ms_by_size) for name, c in costs.items()}, "alone_ms": alone,
+            "rows": sharing.run_real(working, 1.5, options.real_s, costs, options.profile, progress),
         },
     }  # fmt: skip
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sage_edge.bench.irp import KEPT, fastest, judged, oracle_steps
-from sage_edge.bench.sharing import Arrival, Contender, compare, draw_load, losses, simulate
+from sage_edge.bench.sharing import ALONE, Arrival, Contender, alone_ms, compare, draw_load, losses, simulate
 from sage_edge.bench.solvers import Solve, Sparse
 from sage_edge.errors import InputError
 from sage_edge.irp.conformance import check_plugin
@@ -18,6 +19,7 @@ from sage_edge.irp.profiles import PROFILES
 from sage_edge.irp.spec import BenchSpec
 from sage_edge.irp.traces import Traces, steps_taken
 from sage_edge.irp.worth import fitted
+from sage_edge.sharing.costs import Costs
 from tests.irp_plugins import Countdown
 from tests.unit.traces_fixture import recorded
 
@@ -157,6 +159,35 @@ def test_with_all_the_time_there_is_nothing_is_lost_that_halting_does_not_lose(c
         for arrival, steps in zip(load, served.steps, strict=True):
             contender = by_name[arrival.plugin]
             assert steps == steps_taken(contender.recorded.traces, contender.policy)[arrival.example]
+
+
+def test_a_real_load_counts_all_that_the_loop_does_for_a_step(
+    contenders: list[Contender], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin, clock, steps = Solve(size=32), [0.0], [0]
+
+    def slow(what: Any, seconds: float, count: int) -> Any:
+        def called(*arguments: Any) -> Any:
+            clock[0], steps[0] = clock[0] + seconds, steps[0] + count
+            return what(*arguments)
+
+        return called
+
+    monkeypatch.setattr(plugin, "init_state", slow(plugin.init_state, 0.005, 0))
+    monkeypatch.setattr(plugin, "step_many", slow(plugin.step_many, 0.002, 1))
+    asked: list[int] = []
+
+    def now() -> float:
+        asked.append(steps[0])
+        return clock[0]
+
+    monkeypatch.setattr("sage_edge.bench.sharing.time.perf_counter", now)
+    with plugin:
+        examples = plugin.examples("test", ALONE)
+        found = alone_ms(replace(contenders[1], plugin=plugin, examples=examples), Costs(), "balanced")
+    counted = asked[-1] - asked[0]
+    assert ALONE <= counted < ALONE * plugin.max_steps
+    assert found == pytest.approx(2.0 + 5.0 * ALONE / counted)
 
 
 def test_the_loss_is_one_for_nothing_and_zero_for_full_steps(contenders: list[Contender]) -> None:
