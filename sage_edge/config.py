@@ -23,6 +23,7 @@ from sage_edge.errors import InputError
 T = TypeVar("T")
 MAX_BYTES = 4 << 20
 MAX_NODES = 1 << 20  # after aliases are expanded: a few lines of aliases can stand for billions of nodes
+MAX_DEPTH = 64
 
 
 def load_yaml(path: Path, schema: type[T]) -> T:
@@ -49,6 +50,12 @@ def read_text(path: Path) -> str:
 def parse_yaml(text: str, schema: type[T], name: str) -> T:
     """As `load_yaml`, from a string; `name` stands for the file in messages."""
     try:
+        # Before composing, which descends level by level: how deep it may is whatever the program's libraries set.
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise InputError(f"{name}: nested too deeply: more than {MAX_DEPTH} levels")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
             raise InputError(f"{name}: empty; expected {_expected(schema)}")
@@ -60,8 +67,8 @@ def parse_yaml(text: str, schema: type[T], name: str) -> T:
         line = f", line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise InputError(f"{name}{line}: not valid YAML: {problem}") from error
-    except RecursionError as error:  # the composer, _count and _convert all descend level by level
-        raise InputError(f"{name}: nested too deeply, or an alias that contains itself") from error
+    except RecursionError as error:  # in _count
+        raise InputError(f"{name}: nested too deeply: an alias that contains itself") from error
 
 
 def dump_yaml(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -155,9 +156,19 @@ def test_broken_syntax_and_other_shapes(text: str, expected: str) -> None:
     assert complaint(text).startswith(expected)
 
 
-@pytest.mark.parametrize("text", ["[" * 3000, "[" * 450 + "]" * 450, "&a {b: *a}\n"])
-def test_endless_nesting_is_refused(text: str) -> None:
-    assert "nested too deeply" in complaint(f"{BASE}anything: {text}")
+@pytest.mark.parametrize("text", ["[" * 3000, "[" * 450 + "]" * 450, "[" * 64 + "]" * 64, "&a {b: *a}\n"])
+@pytest.mark.parametrize("limit", [1000, 5000])
+def test_endless_nesting_is_refused_however_deep_python_may_go(text: str, limit: int) -> None:
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit)
+    try:
+        assert "nested too deeply" in complaint(f"{BASE}anything: {text}")
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def test_nesting_is_no_fault_by_itself() -> None:
+    assert parse_yaml(f"{BASE}anything: {'[' * 63 + ']' * 63}", Outer, "f").anything
 
 
 def test_aliases_are_read_but_may_not_explode() -> None:
