@@ -51,6 +51,7 @@ def model_spec(graphs: Graphs, signals: tuple[str, ...], max_steps: int) -> Mode
     )
 
 
+LowerableName = Literal["encode", "refine"]  # graphs of which layers may be lowered
 GRAPH_NAMES: tuple[Literal["encode", "refine", "decode"], ...] = ("encode", "refine", "decode")
 
 
@@ -105,7 +106,7 @@ class LayerPrecision:
     share: float
     error: float | None
     reason: str
-    graph: Literal["encode", "refine"] = "refine"
+    graph: LowerableName = "refine"
 
 
 @dataclass(frozen=True)

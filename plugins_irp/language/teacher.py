@@ -102,7 +102,7 @@ class Teacher(nn.Module):
         out: dict[str, list[str]] = {}
         for word in words:
             if pieces := self.pretrained.encode(word, add_special_tokens=False).ids:
-                order = (vectors @ table[pieces].mean(0)).argsort(descending=True)[: NEAR + 1].tolist()
+                order = (vectors @ table[pieces].mean(0)).topk(min(NEAR + 1, len(names))).indices.tolist()
                 out[word] = [names[i] for i in order if names[i] != word][:NEAR]
         return out
 
@@ -173,14 +173,17 @@ class Trainer(Training):
 
     def write_lessons(self, console: Console) -> None:
         """Those of RUN/lessons-K.npz, K below `passes`, that are not there yet."""
-        args, opinion = self.args, self.opinion()
+        args = self.args
+        paths = {part: args.run / LESSONS.replace("*", str(part)) for part in range(args.passes)}
+        missing = {part: path for part, path in paths.items() if not path.exists()}
+        if not missing:
+            return
+        opinion = self.opinion()
         near = self.model.near(sorted({word for words in self.stream.words for word in words}))
         stream = Stream(self.texts, self.tokens, args.batch, self.rng, near)
-        for part in track(range(args.passes), "lessons", console=console):
-            path = args.run / LESSONS.replace("*", str(part))
-            if not path.exists():
-                stream.rng = np.random.default_rng([args.seed, 1 + part])
-                write_lessons(path, stream, opinion, SEQ_LEN)
+        for part, path in track(missing.items(), "lessons", console=console):
+            stream.rng = np.random.default_rng([args.seed, 1 + part])
+            write_lessons(path, stream, opinion, SEQ_LEN)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import onnx
 
-from sage_edge.bundle import BUNDLE_FILE, GRAPH_NAMES, load_bundle
+from sage_edge.bundle import BUNDLE_FILE, GRAPH_NAMES, LowerableName, load_bundle
 from sage_edge.device import usable_cores
 from sage_edge.engines.build import BUILDER_VERSION, cache_directory
 from sage_edge.engines.fuse import fuse
 from sage_edge.engines.ort import OrtRunner
 from sage_edge.files import replacing_directory, sha256
-from sage_edge.precision.layers import LOWERABLE, GraphName
+from sage_edge.precision.layers import LOWERABLE
 from sage_edge.precision.qdq import judging
 from sage_edge.specs import ModelSpec
 
 MARKER = "judging"  # says that the folder is ours to replace
 
 
-def write_judging(bundle: Path, lowered: Mapping[GraphName, onnx.ModelProto], folder: Path) -> None:
+def write_judging(bundle: Path, lowered: Mapping[LowerableName, onnx.ModelProto], folder: Path) -> None:
     """Put the judging form of the graphs in `lowered`, and the other graphs of `bundle`, into an existing folder."""
     for name in GRAPH_NAMES:
         if name == "decode" or name not in lowered:

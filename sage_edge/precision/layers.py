@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import NodeProto
 
+from sage_edge.bundle import LowerableName
 from sage_edge.engines.onnx_graph import Graph, attribute, is_standard
 from sage_edge.errors import InputError
 
@@ -26,8 +26,7 @@ _LEVEL = re.compile(r"(?:^|\.)([A-Za-z])_level\.")
 _PROJECTION = re.compile(r"(?:^|\.)([a-z])_to_[a-z]\.")
 _CORE = re.compile(r"(?:^|\.)(core(?:_[a-z0-9]+)*)\.")
 
-GraphName = Literal["encode", "refine"]
-LOWERABLE: tuple[GraphName, ...] = ("encode", "refine")
+LOWERABLE: tuple[LowerableName, ...] = ("encode", "refine")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Layer:
     inputs: tuple[str, ...]
     work: int
     results: tuple[str, ...] = ()
-    graph: GraphName = "refine"
+    graph: LowerableName = "refine"
 
     @property
     def is_convolution(self) -> bool:
@@ -67,7 +66,7 @@ def module_of(weight: str) -> str | None:
     return found[1] if found else None
 
 
-def find_layers(model: onnx.ModelProto, name: GraphName = "refine") -> tuple[Layer, ...]:
+def find_layers(model: onnx.ModelProto, name: LowerableName = "refine") -> tuple[Layer, ...]:
     """The layers of `model`, the graph `name` of a bundle, in the order of their first product.
 
     Raises InputError when a refine graph has none: then it is no graph whose weights are named as ours are.
@@ -92,7 +91,7 @@ def _plain_convolution(node: NodeProto) -> bool:
     return plain and attribute(node, "group", 1) == 1 and attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
 
 
-def _layer(graph: Graph, weight: str, nodes: list[NodeProto], name: GraphName) -> Layer | None:
+def _layer(graph: Graph, weight: str, nodes: list[NodeProto], name: LowerableName) -> Layer | None:
     """The layer of a weight, or None when that cannot be lowered."""
     array = graph.array(weight)
     operator = nodes[0].op_type

@@ -18,9 +18,10 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from sage_edge.bundle import LowerableName
 from sage_edge.engines.onnx_graph import Graph, is_standard
 from sage_edge.precision.formats import Quantised, quantise, scale_for
-from sage_edge.precision.layers import GraphName, Layer, find_layers
+from sage_edge.precision.layers import Layer, find_layers
 from sage_edge.specs import Array, Precision
 
 # Follow the precision of what they read. Whatever is not named here is computed in float32.
@@ -51,7 +52,7 @@ class Lowered:
 
 
 def lower(
-    model: onnx.ModelProto, plan: Mapping[str, Precision], amax: Mapping[str, float], name: GraphName = "refine"
+    model: onnx.ModelProto, plan: Mapping[str, Precision], amax: Mapping[str, float], name: LowerableName = "refine"
 ) -> Lowered:
     """Rewrite a copy of `model`, the graph `name` of a bundle, by `plan`.
 

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx
 
-from sage_edge.bundle import Bundle
+from sage_edge.bundle import Bundle, LowerableName
 from sage_edge.check import Finding, Reference, record
 from sage_edge.dataset import Dataset
 from sage_edge.engines.build import BuildRecipe, build, open_engine
@@ -40,7 +40,7 @@ from sage_edge.precision.gate import (
     task_findings,
 )  # fmt: skip
 from sage_edge.precision.judge import judging_runner, write_judging
-from sage_edge.precision.layers import LOWERABLE, GraphName, Layer, find_layers
+from sage_edge.precision.layers import LOWERABLE, Layer, find_layers
 from sage_edge.precision.ranges import Ranges, collect_encode_ranges, collect_ranges
 from sage_edge.precision.rewrite import Lowered, lower
 from sage_edge.runtime import Session
@@ -133,7 +133,7 @@ class Workbench:
 
     def _calibrate(self) -> None:
         """Balance channels, then measure the ranges of everything that may be lowered, over all steps."""
-        self.models: dict[GraphName, onnx.ModelProto] = {
+        self.models: dict[LowerableName, onnx.ModelProto] = {
             name: onnx.load(str(self.source / f"{name}.onnx"), load_external_data=False) for name in LOWERABLE
         }
         self.layers = tuple(layer for name, model in self.models.items() for layer in find_layers(model, name))
@@ -150,10 +150,13 @@ class Workbench:
             rows = self._rows(self.design[:RANGE_ITEMS])
             self.ranges["encode"] = collect_encode_ranges(self.source, self.bundle, watched, rows, self.threads)
 
-    def _layers_of(self, name: GraphName) -> tuple[Layer, ...]:
+    def _layers_of(self, name: LowerableName) -> tuple[Layer, ...]:
         return tuple(layer for layer in self.layers if layer.graph == name)
 
-    def _watched(self, name: GraphName) -> list[str]:
+    def _encode_lowered(self, plan: Mapping[str, Precision]) -> bool:
+        return any(plan.get(layer.name, "fp32") != "fp32" for layer in self._layers_of("encode"))
+
+    def _watched(self, name: LowerableName) -> list[str]:
         """The values of a graph whose ranges lowering wants."""
         layers = self._layers_of(name)
         halves = lower(self.models[name], {layer.name: "fp16" for layer in layers}, {}, name).halves
@@ -167,16 +170,16 @@ class Workbench:
 
         return collect_ranges(self.source, graph, self.bundle, values, self._rows(rows), self.threads, progress)
 
-    def lowered(self, plan: Mapping[str, Precision]) -> dict[GraphName, Lowered]:
+    def lowered(self, plan: Mapping[str, Precision]) -> dict[LowerableName, Lowered]:
         """The graphs in which `plan` lowers anything, rewritten with the measured ranges."""
-        made: dict[GraphName, Lowered] = {}
+        made: dict[LowerableName, Lowered] = {}
         for name, model in self.models.items():
             own = {layer.name: plan[layer.name] for layer in self._layers_of(name) if layer.name in plan}
             if set(own.values()) - {"fp32"}:
                 made[name] = lower(model, own, self.ranges[name].largest, name)
         return made
 
-    def headroom(self, lowered: Mapping[GraphName, Lowered]) -> dict[str, float]:
+    def headroom(self, lowered: Mapping[LowerableName, Lowered]) -> dict[str, float]:
         """For each lowered layer, how often its largest float16 value fits into float16's range."""
         return {
             layer: room
@@ -196,7 +199,7 @@ class Workbench:
         self.progress(f"sensitivity of {name}")
         few = _first(self._reference, ALONE_ITEMS)
         with self._runner({name: precision}) as runner:
-            if any(layer.name == name for layer in self._layers_of("encode")):
+            if self._encode_lowered({name: precision}):
                 return encode_error(runner, few)
             return float(np.mean([step.error for step in step_errors(runner, few)]))
 
@@ -214,7 +217,9 @@ class Workbench:
         self.progress(f"screen a graph with {count} of {len(plan)} layers lowered")
         with self._runner(plan) as runner:
             steps = step_errors(runner, self._reference)
-            findings = [*step_findings(steps, self.limits), encode_finding(runner, self._reference, self.limits)]
+            findings = step_findings(steps, self.limits)
+            if self._encode_lowered(plan):
+                findings.append(encode_finding(runner, self._reference, self.limits))
             if self.data is not None and all(f.passed for f in findings):
                 loose = replace(self.limits, confidence=SCREEN_CONFIDENCE)
                 findings += task_findings(self._fp32_design(), self._traces(runner, self.design), loose)
@@ -228,7 +233,7 @@ class Workbench:
         with self._runner(plan) as runner:
             steps = step_errors(runner, self._reference, self.fp32)
             findings = step_findings(steps, self.limits)
-            findings += life_findings(runner, self._reference, self.limits, "encode" in lowered)
+            findings += life_findings(runner, self._reference, self.limits, self._encode_lowered(plan))
             findings.append(headroom_finding(self.headroom(lowered), self.limits))
             if self.data is not None:
                 strict = replace(self.limits, confidence=self._confidence(attempts))
