@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sage_edge.errors import InputError, MissingDependencyError, one_line_errors
 from sage_edge.export.learning_curve import LOG, plot
-from sage_edge.export.training import Training, common_arguments
+from sage_edge.export.training import Training, bfloat16_argument, common_arguments
 
 from .data import load_texts
 from .facts import LanguageConfig
@@ -139,7 +139,7 @@ class Trainer(Training):
     def train_step(self) -> dict[str, float]:
         damaged, _, intents = self.stream.draw(SEQ_LEN)
         wanted = torch.from_numpy(intents).long().to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bfloat16):
+        with self.autocast():
             logits = self.model(damaged)
         loss = F.cross_entropy(logits, wanted, label_smoothing=SMOOTHING)
         self.update(loss, 1.0)
@@ -151,7 +151,7 @@ class Trainer(Training):
 
         @torch.no_grad()
         def shares(damaged: Ints) -> Shares:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bfloat16):
+            with self.autocast():
                 logits = model(damaged)
             return np.asarray(logits.softmax(-1).cpu().numpy(), np.float32)
 
@@ -194,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dropout", type=float, default=0.1)
     made.add_argument("--vocab", type=int, default=3072, help="tokens of the small model's tokenizer")
     made.add_argument("--passes", type=int, default=40, help="over the training sentences, in lessons")
-    made.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, where the CPU is faster at it")
+    bfloat16_argument(made)
     return made
 
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from sage_edge.errors import one_line_errors
 from sage_edge.export.learning_curve import LOG, plot
-from sage_edge.export.training import Muon, Training, common_arguments
+from sage_edge.export.training import Muon, Training, bfloat16_argument, common_arguments
 
 from .corrupt import IGNORE
 from .data import load_texts
@@ -84,7 +84,7 @@ class Trainer(Training):
         wanted = (1 - args.teacher) * label + args.teacher * shares
         table = self.table.folded()
         losses, rights, q = [], [], []
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bfloat16):
+        with self.autocast():
             context, attend, meaning, words = model.encode(tokens, table)
             context = F.dropout(context, args.dropout)
             with torch.no_grad():
@@ -149,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dropout", type=float, default=0.2)
     made.add_argument("--teacher", type=float, default=0.8, help="share of the teacher in the target")
     made.add_argument("--word-weight", type=float, default=0.3)
-    made.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, where the CPU is faster at it")
+    bfloat16_argument(made)
     return made
 
 
