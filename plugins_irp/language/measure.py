@@ -1,9 +1,9 @@
-"""Measure the shipped language model: accuracy, damaged words, halting, out-of-scope commands, a linear model beside.
+"""Measure the shipped language model: accuracy, damaged words, halting, out-of-scope commands, linear models beside.
 
-    python -m plugins_irp.language.measure [--data DATA] [-o results.json]
+    python -m plugins_irp.language.measure [--data DATA] [--teacher RUN] [-o results.json]
 
 Everything is chosen and calibrated on the calibration half of CLINC150's validation split (and oos_train), and reported on
-the other half (and oos_val). Damage is seeded.
+the other half (and oos_val). Damage is seeded; every sentence is damaged ten times, since which words are hit decides much.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from rich.progress import track
 
 from sage_edge.cli.output import print_table
 from sage_edge.device import machine
@@ -38,8 +39,17 @@ from .plugin import FOLDER, Language
 from .tokens import MASK
 
 SEED = 7
+DRAWS = 10  # of the damage, for each sentence: of one draw the accuracy differs by 0.5 points from that of the next
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+
+
+class Reader(Protocol):
+    """Another model that stands beside."""
+
+    def right(self, texts: Sequence[str], intents: Sequence[str]) -> Bools:
+        """bool [n]: which texts it takes for what they mean."""
+        ...
 
 
 def drop_words(text: str, rate: float, rng: np.random.Generator) -> str:
@@ -54,12 +64,21 @@ def mistype_words(text: str, rate: float, rng: np.random.Generator) -> str:
     return " ".join(typo(word, rng) if rng.random() < rate else word for word in text.split())
 
 
+def mask_a_share(text: str, rate: float, rng: np.random.Generator) -> str:
+    """`text` with `rate` of its words masked: their number is rounded up or down at random, so that the mean is `rate`."""
+    words = text.split()
+    count = math.floor(rate * len(words) + rng.random())
+    hidden = set(rng.permutation(len(words))[:count].tolist())
+    return " ".join(MASK if at in hidden else word for at, word in enumerate(words))
+
+
 Damage = Callable[[str, np.random.Generator], str]
 DAMAGES: dict[str, Damage] = {
     "none": lambda text, rng: text,
     "10 % masked": lambda text, rng: mask_words(text, 0.1, MASK, rng),
     "20 % masked": lambda text, rng: mask_words(text, 0.2, MASK, rng),
     "30 % masked": lambda text, rng: mask_words(text, 0.3, MASK, rng),
+    "a fifth of each masked": lambda text, rng: mask_a_share(text, 0.2, rng),
     "20 % dropped": lambda text, rng: drop_words(text, 0.2, rng),
     "20 % mistyped": lambda text, rng: mistype_words(text, 0.2, rng),
 }
@@ -97,32 +116,48 @@ def run_texts(plugin: Language, texts: Sequence[str]) -> Run:
     return Run(**{name: np.concatenate(parts) for name, parts in kept.items()})
 
 
-def damaged(pairs: Sequence[Pair], damage: Damage) -> tuple[list[str], list[str]]:
-    """(texts, intents) under one kind of damage; the same each time."""
-    rng = np.random.default_rng(SEED)
+def damaged(pairs: Sequence[Pair], damage: Damage, draw: int = 0) -> tuple[list[str], list[str]]:
+    """(texts, intents) under one kind of damage; the same each time for a number of the draw."""
+    rng = np.random.default_rng([SEED, draw])
     return [damage(text, rng) for text, _ in pairs], [intent for _, intent in pairs]
 
 
-def interval(right: Bools) -> tuple[float, float]:
-    """Mean and its standard error, in per cent."""
-    rate = float(right.mean())
-    return 100 * rate, 100 * math.sqrt(rate * (1 - rate) / len(right))
+def interval(values: Floats | Bools) -> tuple[float, float]:
+    """Mean over sentences and its standard error, in per cent. values [n]: 0 or 1, or shares of draws."""
+    return 100 * float(values.mean()), 100 * float(values.std()) / math.sqrt(len(values))
 
 
-def accuracy(plugin: Language, pairs: Sequence[Pair], linear: Sequence[Linear], policy: str) -> list[dict[str, Any]]:
-    """One row a kind of damage: the model after each step, halted, and the linear models."""
-    rows = []
-    for name, damage in DAMAGES.items():
-        texts, intents = damaged(pairs, damage)
-        run = run_texts(plugin, texts)
-        right = run.right(plugin, intents)
-        taken = steps_taken(traces_of(plugin, run, right), policy)
-        full, error = interval(right[:, -1])
+def accuracy(
+    plugin: Language, pairs: Sequence[Pair], beside: Mapping[str, Reader], policy: str, draws: int = DRAWS
+) -> list[dict[str, Any]]:
+    """One row a kind of damage: the model after each step, halted, and the models beside it. `lost` is against the same
+    sentences without damage."""
+    rows: list[dict[str, Any]] = []
+    whole: dict[str, Floats] = {}
+    for name, damage in track(DAMAGES.items(), "accuracy"):
+        # Share of the draws in which a sentence is understood, [n], or [n, steps].
+        shares: dict[str, list[Floats]] = {}
+        steps = []
+        for draw in range(1 if name == "none" else draws):
+            texts, intents = damaged(pairs, damage, draw)
+            run = run_texts(plugin, texts)
+            right = run.right(plugin, intents)
+            taken = steps_taken(traces_of(plugin, run, right), policy)
+            steps.append(float(taken.mean()))
+            found = {"per_step": right, "full": right[:, -1], "halted": right[np.arange(len(right)), taken - 1]}
+            for key, hits in (found | {key: other.right(texts, intents) for key, other in beside.items()}).items():
+                shares.setdefault(key, []).append(hits.astype(np.float64))
+        means = {key: np.asarray(np.mean(values, 0), np.float64) for key, values in shares.items()}
+        per_step = means.pop("per_step")
+        whole = whole or means
+        cells = {}
+        for key, values in means.items():
+            value, error = interval(values)
+            lost, lost_error = interval(whole[key] - values)
+            cells[key] = {"right": value, "error": error, "lost": lost, "lost_error": lost_error}
         rows.append({
-            "damage": name, "full": full, "standard_error": error,
-            "per_step": [interval(right[:, step])[0] for step in range(plugin.max_steps)],
-            "halted": interval(right[np.arange(len(right)), taken - 1])[0], "steps": float(taken.mean()),
-            "linear": {kind: interval(model.right(texts, intents))[0] for kind, model in zip(KINDS, linear, strict=True)},
+            "damage": name, "draws": len(steps), "per_step": (100 * per_step.mean(0)).tolist(),
+            "steps": float(np.mean(steps)), **cells,
         })  # fmt: skip
     return rows
 
@@ -224,16 +259,16 @@ def filling(plugin: Language, pairs: Sequence[Pair]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(plugin: Language, texts: Texts) -> dict[str, Any]:
-    """Everything; the plugin is active."""
-    linear = [Linear(texts.train, kind) for kind in KINDS]
+def measure(plugin: Language, texts: Texts, more: Mapping[str, Reader]) -> dict[str, Any]:
+    """Everything; the plugin is active. more: models that stand beside besides the linear ones."""
+    beside = {**{kind: Linear(texts.train, kind) for kind in KINDS}, **more}
     calibration, rows = halting(plugin, texts)
     return {
         "weights_sha256": plugin.file.weights_sha256, "tokenizer_sha256": sha256(plugin.tokens.path),
         "machine": asdict(machine()), "command": "python -m plugins_irp.language.measure " + " ".join(sys.argv[1:]),
         "examples": {"report": len(texts.report), "calibration": len(texts.calibration),
                      "oos_report": len(texts.oos_report), "oos_calibration": len(texts.oos_calibration)},
-        "accuracy": accuracy(plugin, texts.report, linear, calibration.chosen.policy),
+        "accuracy": accuracy(plugin, texts.report, beside, calibration.chosen.policy),
         "certified": asdict(calibration.chosen), "families": [asdict(f) for f in calibration.families], "halting": rows,
         "scope": scope(plugin, texts, calibration.chosen.policy), "filling": filling(plugin, texts.report),
     }  # fmt: skip
@@ -241,10 +276,12 @@ def measure(plugin: Language, texts: Texts) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """The results as tables on standard output."""
-    print_table("in-scope accuracy, %, report half", ("damage", "full", "± s.e.", "halted", "steps", "per step", *KINDS),
-                [(r["damage"], f"{r['full']:.1f}", f"{r['standard_error']:.1f}", f"{r['halted']:.1f}", f"{r['steps']:.2f}",
-                 " ".join(f"{v:.1f}" for v in r["per_step"]), *(f"{r['linear'][k]:.1f}" for k in KINDS))
-                 for r in found["accuracy"]])  # fmt: skip
+    rows = found["accuracy"]
+    models = [key for key, cell in rows[0].items() if isinstance(cell, dict)]
+    print_table("in-scope accuracy, %, report half (lost to the damage)", ("damage", *models, "steps", "per step"),
+                [(r["damage"], *(f"{r[k]['right']:.1f} ± {r[k]['error']:.1f} ({r[k]['lost']:.1f} ± {r[k]['lost_error']:.1f})"
+                                 for k in models),
+                 f"{r['steps']:.2f}", " ".join(f"{v:.1f}" for v in r["per_step"])) for r in rows])  # fmt: skip
     print_table(f"halting, certified: {found['certified']['policy']}",
                 ("masked", "examples", "full", "halted", "lost", "steps", "saved", "oracle", "its steps"),
                 [(r["masked"], str(r["examples"]), *(f"{r[k]:.1f}" for k in ("full", "halted", "lost")), f"{r['steps']:.2f}",
@@ -262,13 +299,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=data_folder(), help="folder with clinc150_train_val.json.gz")
     parser.add_argument("--limit", type=int, help="only this many sentences of each part, for a quick look")
+    parser.add_argument("--teacher", type=Path, help="RUN of language.teacher: what it taught is measured as well")
     parser.add_argument("-o", "--output", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()
     if arguments.output:
         require_writable(arguments.output)
+    more: dict[str, Reader] = {}
+    if arguments.teacher:
+        from .teacher import Taught  # torch, which nothing else here needs
+
+        more["teacher"] = Taught(arguments.data, arguments.teacher)
     spec = load_spec(FOLDER)
     with Language(spec, **spec.options) as plugin:
-        found = measure(plugin, load_texts(arguments.data).first(arguments.limit))
+        found = measure(plugin, load_texts(arguments.data).first(arguments.limit), more)
     show(found)
     if arguments.output:
         write_atomic(arguments.output, json.dumps(found, indent=1) + "\n")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from sage_edge.errors import InputError, MissingDependencyError, one_line_errors
 from sage_edge.export.learning_curve import LOG, plot
-from sage_edge.export.training import Training, bfloat16_argument, common_arguments
+from sage_edge.export.training import STATE, Training, bfloat16_argument, common_arguments
 
 from .data import load_texts
 from .facts import LanguageConfig
@@ -132,7 +133,8 @@ class Trainer(Training):
             write_words(args.run, model.word_vectors())
         model.to(args.device)
         groups = [{"params": model.bert.parameters()}, {"params": model.head.parameters(), "scale": HEAD_RATE}]
-        super().__init__(args, model, [torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)], rng)
+        adam = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        super().__init__(args, model, [adam], rng)
         self.parts = checks(texts, self.tokens)
         self.checks = tuple(self.parts)
 
@@ -184,6 +186,28 @@ class Trainer(Training):
         for part, path in track(missing.items(), "lessons", console=console):
             stream.rng = np.random.default_rng([args.seed, 1 + part])
             write_lessons(path, stream, opinion, SEQ_LEN)
+
+
+class Taught:
+    """The teacher of a finished or interrupted RUN, to be measured. Raises InputError where there is none."""
+
+    def __init__(self, data: Path, run: Path) -> None:
+        if not (run / STATE).is_file():
+            raise InputError(f"{run}: expected {STATE}; train a teacher with `python -m plugins_irp.language.teacher`")
+        trainer = Trainer(parser().parse_args(["--data", str(data), "--run", str(run)]))
+        trainer.load(run / STATE)
+        self.tokens, self.intents, self.opinion = trainer.tokens, trainer.texts.intents, trainer.opinion()
+
+    def right(self, texts: Sequence[str], intents: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """bool [n]."""
+        rows = [self.tokens.encode(text) for text in texts]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        out = np.zeros(len(rows), bool)
+        for start in range(0, len(order), 64):
+            part = order[start : start + 64]
+            shares = self.opinion(self.tokens.batch((rows[i] for i in part), len(rows[part[-1]])))
+            out[part] = [self.intents[best] == intents[i] for i, best in zip(part, shares.argmax(-1), strict=True)]
+        return out
 
 
 def parser() -> argparse.ArgumentParser:

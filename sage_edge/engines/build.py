@@ -21,7 +21,7 @@ from sage_edge.errors import GateError, InputError
 from sage_edge.files import replacing_directory, sha256
 
 # Part of the cache key: raise it whenever the same bundle would become a different engine.
-BUILDER_VERSION = "2"
+BUILDER_VERSION = "3"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from sage_edge.bundle import load_bundle
 from sage_edge.check import load_reference
 from sage_edge.engines.build import BuildRecipe, build, open_engine
 from sage_edge.engines.graph_cost import graph_cost
-from sage_edge.engines.int8 import int8_form
+from sage_edge.engines.int8 import int8_form, saturates
 from sage_edge.engines.onnx_graph import Graph
 from sage_edge.engines.tensorrt_support import check_model
 from sage_edge.errors import InputError
@@ -218,9 +218,10 @@ def test_a_result_that_others_read_too_is_rounded_before_the_relu() -> None:
     assert layer.results == ("a",)
 
 
-@given(relu=st.booleans(), seed=st.integers(0, 9))
-def test_the_integer_form_rounds_as_the_judged_one(relu: bool, seed: int) -> None:
+@given(relu=st.booleans(), seed=st.integers(0, 9), unsigned=st.booleans())
+def test_the_integer_form_rounds_as_the_judged_one(relu: bool, seed: int, unsigned: bool) -> None:
     """Within the calibrated ranges: at most one code of the result apart (float16 rounds the sum before it is quantised)."""
+    unsigned = unsigned or saturates()  # signed weights only where the CPU can multiply them
     model = convolution(relu=relu)
     x = np.random.default_rng(seed).standard_normal((2, 4, 6, 6), np.float32)
     (layer,) = find_layers(model)
@@ -229,11 +230,26 @@ def test_the_integer_form_rounds_as_the_judged_one(relu: bool, seed: int) -> Non
     watched.graph.output.append(helper.make_tensor_value_info(layer.results[0], TensorProto.FLOAT, None))
     amax = {"x": float(np.abs(x).max()), layer.results[0]: float(np.abs(run(watched, {"x": x})[-1]).max())}
     low = lowered(model, "int8", amax)
-    judged, ours = run(judging(low), {"x": x})[0], run(int8_form(low)[0], {"x": x})[0]
+    judged, ours = run(judging(low), {"x": x})[0], run(int8_form(low, unsigned)[0], {"x": x})[0]
     step = amax[layer.results[0]] / 127
     gap = np.abs(ours - judged)
     assert gap.max() < 1.01 * step
     assert (gap > 0.01 * step).mean() < 0.05
+
+
+def test_products_of_the_largest_codes_do_not_saturate() -> None:
+    """255 × 127, many times: 16 bits are too few for two of them, and a CPU without VNNI has no more in uint8 by int8."""
+    model = convolution(relu=False)
+    filters = numpy_helper.from_array(np.full((4, 4, 3, 3), 127, np.float32), "core.a.weight")
+    next(t for t in model.graph.initializer if t.name == "core.a.weight").CopyFrom(filters)
+    x = np.full((1, 4, 6, 6), 127, np.float32)
+    (layer,) = find_layers(model)
+    exact = run(model, {"x": x})[0]
+    low = lowered(model, "int8", {"x": 127.0, layer.results[0]: float(exact.max())})
+    got = run(int8_form(low)[0], {"x": x})[0]
+    np.testing.assert_allclose(got, exact, atol=exact.max() / 127)
+    if saturates():
+        assert (np.abs(run(int8_form(low, unsigned=False)[0], {"x": x})[0] - exact) > exact.max() / 10).any()
 
 
 @given(st.integers(0, 99))
