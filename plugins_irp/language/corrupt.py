@@ -7,6 +7,7 @@ regulariser in the manner of BPE dropout, arXiv 1910.13267).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -93,3 +94,12 @@ def mask_words(text: str, rate: float, mask: str, rng: np.random.Generator) -> s
     """`text` with each word replaced by `mask` with probability `rate`; for evaluation."""
     return " ".join(mask if hidden else word for word, hidden in
                     zip(text.split(), rng.random(len(text.split())) < rate, strict=True))  # fmt: skip
+
+
+def mask_a_share(text: str, rate: float, mask: str, rng: np.random.Generator) -> str:
+    """`text` with `rate` of its words replaced by `mask`: their number is rounded up or down at random, so that the mean is
+    `rate`, and no sentence loses many more than others; for evaluation."""
+    words = text.split()
+    count = math.floor(rate * len(words) + rng.random())
+    hidden = set(rng.permutation(len(words))[:count].tolist())
+    return " ".join(mask if at in hidden else word for at, word in enumerate(words))

@@ -32,7 +32,7 @@ from sage_edge.irp.spec import load_spec
 from sage_edge.irp.traces import Traces, steps_taken
 from sage_edge.runtime import Session
 
-from .corrupt import mask_words, typo
+from .corrupt import mask_a_share, mask_words, typo
 from .data import Pair, Texts, data_folder, load_texts
 from .linear import KINDS, Linear
 from .plugin import FOLDER, Language
@@ -64,21 +64,13 @@ def mistype_words(text: str, rate: float, rng: np.random.Generator) -> str:
     return " ".join(typo(word, rng) if rng.random() < rate else word for word in text.split())
 
 
-def mask_a_share(text: str, rate: float, rng: np.random.Generator) -> str:
-    """`text` with `rate` of its words masked: their number is rounded up or down at random, so that the mean is `rate`."""
-    words = text.split()
-    count = math.floor(rate * len(words) + rng.random())
-    hidden = set(rng.permutation(len(words))[:count].tolist())
-    return " ".join(MASK if at in hidden else word for at, word in enumerate(words))
-
-
 Damage = Callable[[str, np.random.Generator], str]
 DAMAGES: dict[str, Damage] = {
     "none": lambda text, rng: text,
     "10 % masked": lambda text, rng: mask_words(text, 0.1, MASK, rng),
     "20 % masked": lambda text, rng: mask_words(text, 0.2, MASK, rng),
     "30 % masked": lambda text, rng: mask_words(text, 0.3, MASK, rng),
-    "a fifth of each masked": lambda text, rng: mask_a_share(text, 0.2, rng),
+    "a fifth of each masked": lambda text, rng: mask_a_share(text, 0.2, MASK, rng),
     "20 % dropped": lambda text, rng: drop_words(text, 0.2, rng),
     "20 % mistyped": lambda text, rng: mistype_words(text, 0.2, rng),
 }

@@ -189,12 +189,16 @@ class Trainer(Training):
 
 
 class Taught:
-    """The teacher of a finished or interrupted RUN, to be measured. Raises InputError where there is none."""
+    """The teacher of a finished or interrupted RUN, to be measured. pretrained: as the option it was taught with.
 
-    def __init__(self, data: Path, run: Path) -> None:
+    Raises InputError where there is none, or it is of another form.
+    """
+
+    def __init__(self, data: Path, run: Path, pretrained: Path | None = None) -> None:
         if not (run / STATE).is_file():
             raise InputError(f"{run}: expected {STATE}; train a teacher with `python -m plugins_irp.language.teacher`")
-        trainer = Trainer(parser().parse_args(["--data", str(data), "--run", str(run)]))
+        options = ["--pretrained", str(pretrained)] if pretrained else []
+        trainer = Trainer(parser().parse_args(["--data", str(data), "--run", str(run), *options]))
         trainer.load(run / STATE)
         self.tokens, self.intents, self.opinion = trainer.tokens, trainer.texts.intents, trainer.opinion()
 

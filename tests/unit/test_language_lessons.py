@@ -201,6 +201,14 @@ def test_the_teacher_writes_lessons_that_the_model_learns_from(tmp_path: Path, t
     teacher.main(options)  # trained already: only what is missing is written, and is what it was
     assert (run / "lessons-0.npz").stat().st_mtime_ns == kept
     assert all(np.array_equal(v, second[name]) for name, v in read_npz(run / "lessons-1.npz").items())
+    taught = teacher.Taught(tmp_path, run, tmp_path / "bert")
+    said, meant = [text for text, _ in texts.train], [intent for _, intent in texts.train]
+    assert taught.right(said, meant).sum() == sum(
+        taught.intents[taught.opinion(np.array([taught.tokens.encode(text)], np.int32)).argmax()] == intent
+        for text, intent in texts.train
+    )
+    with pytest.raises(InputError, match=r"state\.pt; train a teacher"):
+        teacher.Taught(tmp_path, tmp_path / "none")
     sizes = {"--steps": 2, "--batch": 4, "--hidden": 16, "--heads": 2, "--embedding": 8, "--max-steps": 2}
     paths = ["--data", str(tmp_path), "--lessons", str(run), "--run", str(own), "--device", "cpu"]
     train.main([*paths, *(str(part) for pair in sizes.items() for part in pair)])

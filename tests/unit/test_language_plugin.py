@@ -13,7 +13,7 @@ pytest.importorskip("tokenizers")
 
 from plugins_irp.language.data import data_folder, labelled, load_texts
 from plugins_irp.language.facts import MODEL, SENTENCES, WEIGHTS, ModelFile
-from plugins_irp.language.measure import DAMAGES, damaged, halting, run_texts, scope
+from plugins_irp.language.measure import DAMAGES, accuracy, damaged, halting, run_texts, scope
 from plugins_irp.language.plugin import FOLDER, Language
 from plugins_irp.language.tokens import MASK, TOKENIZER
 from sage_edge.bundle import load_bundle
@@ -139,6 +139,30 @@ def test_examples_without_data_say_what_is_missing(
     monkeypatch.setenv("SAGE_EDGE_DATA", str(tmp_path))
     with pytest.raises(InputError, match=r"clinc150_train_val\.json\.gz: missing"):
         plugin.examples("calibration")
+
+
+class Clean:
+    """Is right wherever no word is masked."""
+
+    def right(self, texts: Sequence[str], intents: Sequence[str]) -> np.ndarray:
+        return np.array([MASK not in text for text in texts])
+
+
+def test_what_damage_costs_is_counted_against_the_same_sentences(plugin: Language) -> None:
+    pairs = [pair for pair in IN_SCOPE if MASK not in pair[0]]
+    rows = {row["damage"]: row for row in accuracy(plugin, pairs, {"clean": Clean()}, "full", draws=2)}
+    assert list(rows) == list(DAMAGES)
+    assert [row["draws"] for row in rows.values()] == [1] + [2] * (len(rows) - 1)
+    assert rows["none"]["clean"] == {"right": 100.0, "error": 0.0, "lost": 0.0, "lost_error": 0.0}
+    whole = [damaged(pairs, DAMAGES["20 % masked"], draw)[0] for draw in range(2)]
+    assert whole[0] != whole[1]
+    masked = 100 * np.mean([MASK in text for texts in whole for text in texts])
+    assert rows["20 % masked"]["clean"]["lost"] == pytest.approx(masked)
+    assert rows["20 % mistyped"]["clean"]["lost"] == 0
+    for row in rows.values():
+        assert row["full"]["lost"] == pytest.approx(rows["none"]["full"]["right"] - row["full"]["right"])
+        assert row["full"] == row["halted"]  # `full` never halts before the last step
+        assert row["per_step"][-1] == pytest.approx(row["full"]["right"])
 
 
 @needs_data

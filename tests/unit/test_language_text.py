@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tokenizers")
 
-from plugins_irp.language.corrupt import IGNORE, Rates, Vocabulary, damage, mask_words, typo
+from plugins_irp.language.corrupt import IGNORE, Rates, Vocabulary, damage, mask_a_share, mask_words, typo
 from plugins_irp.language.data import CLINC, RATES, halves, labelled, load_texts
 from plugins_irp.language.facts import SENTENCES
 from plugins_irp.language.plugin import FOLDER
@@ -161,6 +161,21 @@ def test_masking_for_evaluation_is_seeded_and_keeps_places() -> None:
     assert len(one.split()) == 1000
     assert 150 < one.split().count(MASK) < 250
     assert mask_words(text, 0.0, MASK, np.random.default_rng(5)) == text
+
+
+@given(st.integers(1, 40), st.floats(0, 1), st.integers(0, 99))
+def test_a_share_of_the_words_is_masked_whatever_the_length(words: int, rate: float, seed: int) -> None:
+    text = " ".join(f"w{at}" for at in range(words))
+    masked = mask_a_share(text, rate, MASK, np.random.default_rng(seed)).split()
+    assert abs(masked.count(MASK) - rate * words) <= 1
+    assert all(b in (a, MASK) for a, b in zip(text.split(), masked, strict=True))
+
+
+def test_shares_are_right_in_the_mean() -> None:
+    rng = np.random.default_rng(0)
+    counts = [mask_a_share("turn on the lights please now ok", 0.2, MASK, rng).split().count(MASK) for _ in range(2000)]
+    assert set(counts) == {1, 2}
+    assert np.mean(counts) == pytest.approx(1.4, abs=0.05)
 
 
 def test_halves_share_nothing_and_are_even() -> None:
