@@ -118,12 +118,9 @@ class Check:
         pairs, wanted = texts.calibration, Rates(mask=rate)
         rows = [damage(tokens.normalise(text).split(), wanted, vocabulary, rng)[0] for text, _ in pairs]
         labels = [texts.intents.index(intent) for _, intent in pairs]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        self.batches: list[tuple[Ints, Ints]] = []
-        for start in range(0, len(order), 250):
-            part = order[start : start + 250]
-            array = tokens.batch([rows[i] for i in part], len(rows[part[-1]]))
-            self.batches.append((array, np.array([labels[i] for i in part], np.int32)))
+        self.batches = [
+            (array, np.array([labels[i] for i in part], np.int32)) for part, array in tokens.batches(rows, 250)
+        ]
 
     def accuracy(self, intents: Callable[[Ints], Ints]) -> float:
         """Share of right intents, by the intents int32 [n] that `intents` gives for tokens int32 [n, m]."""

@@ -205,12 +205,10 @@ class Taught:
     def right(self, texts: Sequence[str], intents: Sequence[str]) -> npt.NDArray[np.bool_]:
         """bool [n]."""
         rows = [self.tokens.encode(text) for text in texts]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         out = np.zeros(len(rows), bool)
-        for start in range(0, len(order), 64):
-            part = order[start : start + 64]
-            shares = self.opinion(self.tokens.batch((rows[i] for i in part), len(rows[part[-1]])))
-            out[part] = [self.intents[best] == intents[i] for i, best in zip(part, shares.argmax(-1), strict=True)]
+        for part, array in self.tokens.batches(rows, 64):
+            found = self.opinion(array).argmax(-1)
+            out[part] = [self.intents[best] == intents[i] for i, best in zip(part, found, strict=True)]
         return out
 
 

@@ -8,7 +8,7 @@ that was not understood), `<empty>` 2 (a place where nothing was said; only ever
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,15 @@ class Tokens:
         for row, ids in enumerate(rows):
             out[row, : min(len(ids), length)] = ids[:length]
         return out
+
+    def batches(
+        self, sequences: Sequence[Sequence[int]], size: int
+    ) -> Iterator[tuple[list[int], npt.NDArray[np.int32]]]:
+        """`size` at a time, the shortest first: their places in `sequences`, and int32 [n, length of the longest]."""
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            yield part, self.batch((sequences[i] for i in part), len(sequences[part[-1]]))
 
 
 def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> None:
