@@ -12,7 +12,7 @@ import gzip
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,16 @@ class Texts:
             name: part[:: max(1, len(part) // limit)][:limit] for name, part in vars(self).items() if name != "train"
         }
         return Texts(train=self.train, **thin)
+
+    def also(self, pairs: Sequence[Pair]) -> Texts:
+        """The same with more training sentences, less those that stand, word for word, in another part. Raises InputError for
+        an intent that there is not."""
+        if unknown := {intent for _, intent in pairs}.difference(self.intents):
+            raise InputError(f"more sentences: {sorted(unknown)[0]!r}: expected one of the {len(self.intents)} intents")
+        held_out = {text for text, _ in (*self.calibration, *self.report)} | {*self.oos_calibration, *self.oos_report}
+        held_out = {" ".join(text.lower().split()) for text in held_out}
+        more = tuple(pair for pair in pairs if " ".join(pair[0].lower().split()) not in held_out)
+        return replace(self, train=self.train + more)
 
     def examples(self, source: str, limit: int | None = None) -> Examples:
         """Of `calibration` or `report`, in a fixed random order, with RATES of their words masked in turn."""

@@ -33,7 +33,7 @@ from sage_edge.irp.traces import Traces, steps_taken
 from sage_edge.runtime import Session
 
 from .corrupt import mask_a_share, mask_words, typo
-from .data import Pair, Texts, data_folder, load_texts
+from .data import Pair, Texts, data_folder, labelled, load_texts
 from .linear import KINDS, Linear
 from .plugin import FOLDER, Language
 from .tokens import MASK
@@ -290,12 +290,18 @@ def main() -> None:
     """Command line; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=data_folder(), help="folder with clinc150_train_val.json.gz")
+    parser.add_argument(
+        "--also", type=Path, action="append", default=[], help="CSV file of more sentences for the linear models"
+    )
     parser.add_argument("--limit", type=int, help="only this many sentences of each part, for a quick look")
     parser.add_argument("--teacher", type=Path, help="RUN of language.teacher: what it taught is measured as well")
     parser.add_argument("-o", "--output", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()
     if arguments.output:
         require_writable(arguments.output)
+    texts = load_texts(arguments.data).first(arguments.limit)
+    for path in arguments.also:
+        texts = texts.also(labelled(path))
     more: dict[str, Reader] = {}
     if arguments.teacher:
         from .teacher import Taught  # torch, which nothing else here needs
@@ -303,7 +309,7 @@ def main() -> None:
         more["teacher"] = Taught(arguments.data, arguments.teacher)
     spec = load_spec(FOLDER)
     with Language(spec, **spec.options) as plugin:
-        found = measure(plugin, load_texts(arguments.data).first(arguments.limit), more)
+        found = measure(plugin, texts, more)
     show(found)
     if arguments.output:
         write_atomic(arguments.output, json.dumps(found, indent=1) + "\n")

@@ -31,7 +31,7 @@ from sage_edge.errors import InputError, MissingDependencyError, one_line_errors
 from sage_edge.export.learning_curve import LOG, plot
 from sage_edge.export.training import STATE, Training, bfloat16_argument, common_arguments
 
-from .data import load_texts
+from .data import labelled, load_texts
 from .facts import LanguageConfig
 from .lessons import CURVES, LESSONS, WORDS, Ints, Shares, Stream, checks, write_lessons, write_words
 from .tokens import MASK, TOKENIZER, WORD, Tokens, train_tokenizer
@@ -122,6 +122,8 @@ class Trainer(Training):
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         texts = load_texts(args.data)
+        for more in args.also:
+            texts = texts.also(labelled(more))
         path = args.run / TOKENIZER
         if not path.exists():
             train_tokenizer((text for text, _ in texts.train), args.vocab, path)
@@ -216,6 +218,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common_arguments(made, steps=2000, decay=1.0, batch=64, lr=2e-4, ema=0.99)
     made.add_argument("--pretrained", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
+    made.add_argument("--also", type=Path, action="append", default=[], help="CSV file of more sentences: text, intent")
     made.add_argument("--weight-decay", type=float, default=0.01)
     made.add_argument("--dropout", type=float, default=0.1)
     made.add_argument("--vocab", type=int, default=3072, help="tokens of the small model's tokenizer")

@@ -62,7 +62,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for row in rows:
         table.add_row(*("–" if cell is None else str(cell) for cell in row))
     # Into a pipe or a file a fixed width beats a guess of 80 that folds the columns.
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    # No markup: [language] in a name or a message is no colour.
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
     console.print(table)
 
 

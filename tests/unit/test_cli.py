@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sage_edge.cli.main import main
+from sage_edge.cli.output import print_table
 from tests.conftest import TINY
 
 COMMANDS = ("doctor", "export", "build", "check", "calibrate", "run", "eval", "bench", "mailbox")
@@ -41,6 +42,12 @@ def test_every_command_explains_itself_and_knows_json(command: str, capsys: pyte
         main([command, "--help"])
     assert stop.value.code == 0
     assert "--json" in capsys.readouterr().out
+
+
+def test_tables_show_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("[bold]", ("[red]", "n"), [("pip install 'sage-edge[language]'", 1)])
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("[bold]", "[red]", "'sage-edge[language]'"))
 
 
 def test_the_top_level_help_teaches_the_way_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -196,6 +196,16 @@ def write_clinc(folder: Path, **changes: object) -> Path:
     return folder
 
 
+def test_more_sentences_are_trained_on_unless_they_are_held_out(tmp_path: Path) -> None:
+    texts = load_texts(write_clinc(tmp_path))
+    intent, held_out = texts.intents[0], texts.report[0][0]
+    more = texts.also([("a sentence of its own", intent), (f"  {held_out.upper()} ", intent), ("A  nut", intent)])
+    assert more.train == (*texts.train, ("a sentence of its own", intent))
+    assert (more.calibration, more.report, more.intents) == (texts.calibration, texts.report, texts.intents)
+    with pytest.raises(InputError, match="'nonsense': expected one of the"):
+        texts.also([("a sentence of its own", "nonsense")])
+
+
 def test_data_files_are_checked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="missing; make it of CLINC150"):
         load_texts(tmp_path)
