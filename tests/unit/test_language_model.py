@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +224,15 @@ def test_training_writes_model_log_and_curve(tmp_path: Path) -> None:
 def test_training_without_data_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises((InputError, SystemExit), match="missing; make it of CLINC150"):
         training.main(arguments(tmp_path, "run"))
+
+
+def test_two_processes_share_a_training(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    prepare(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--",
+               "plugins_irp.language.train", *arguments(tmp_path, "run")]  # fmt: skip
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "run/log.csv").open(newline="") as handle:
+        assert [int(row["step"]) for row in csv.DictReader(handle)] == [1, 2, 3, 4]
+    load_model(tmp_path / "run/model")

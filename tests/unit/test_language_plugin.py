@@ -166,6 +166,12 @@ def test_what_damage_costs_is_counted_against_the_same_sentences(plugin: Languag
 
 
 @needs_data
+def test_no_written_sentence_is_held_out() -> None:
+    texts, written = load_texts(data_folder()), labelled(FOLDER / "written.csv")
+    assert len(texts.also(written).train) == len(texts.train) + len(written)
+
+
+@needs_data
 def test_accuracy_on_what_it_never_saw(plugin: Language) -> None:
     """Floors below the model card's numbers, on a part of the report half; standard error about 1.7 points."""
     pairs = load_texts(data_folder()).first(300).report

@@ -15,11 +15,13 @@ pytest.importorskip("tokenizers")
 
 from plugins_irp.language.corrupt import IGNORE, Rates, Vocabulary, damage, mask_a_share, mask_words, typo
 from plugins_irp.language.data import CLINC, RATES, halves, labelled, load_texts
-from plugins_irp.language.facts import SENTENCES
+from plugins_irp.language.facts import MODEL, SENTENCES, ModelFile
 from plugins_irp.language.plugin import FOLDER
 from plugins_irp.language.tokens import MASK, TOKENIZER, WORD, Tokens, train_tokenizer
+from sage_edge.config import load_yaml
 from sage_edge.errors import InputError
 
+WRITTEN = "written.csv"  # more training sentences
 OWN = [text for text, _ in labelled(FOLDER / SENTENCES)]
 
 
@@ -204,6 +206,16 @@ def test_more_sentences_are_trained_on_unless_they_are_held_out(tmp_path: Path) 
     assert (more.calibration, more.report, more.intents) == (texts.calibration, texts.report, texts.intents)
     with pytest.raises(InputError, match="'nonsense': expected one of the"):
         texts.also([("a sentence of its own", "nonsense")])
+
+
+def test_the_written_sentences_are_clean() -> None:
+    rows = labelled(FOLDER / WRITTEN)
+    texts, intents = [text for text, _ in rows], [intent for _, intent in rows]
+    assert set(intents) == set(load_yaml(FOLDER / MODEL, ModelFile).intents)
+    assert min(intents.count(intent) for intent in set(intents)) > 200
+    assert len(set(texts)) == len(texts)
+    assert not set(texts) & set(OWN)
+    assert all(text == " ".join(text.lower().split()) for text in texts)
 
 
 def test_data_files_are_checked(tmp_path: Path) -> None:
