@@ -22,7 +22,7 @@ from sage_edge.errors import InputError
 from sage_edge.irp.plugin import Examples
 
 from .corrupt import mask_words
-from .tokens import MASK
+from .tokens import MASK, normalised, normaliser
 
 CLINC = "clinc150_train_val.json.gz"
 VARIABLE = "SAGE_EDGE_DATA"
@@ -55,14 +55,15 @@ class Texts:
         }
         return Texts(train=self.train, **thin)
 
-    def also(self, pairs: Sequence[Pair]) -> Texts:
-        """The same with more training sentences, less those that stand, word for word, in another part. Raises InputError for
-        an intent that there is not."""
+    def also(self, path: Path) -> Texts:
+        """The same with the training sentences of a CSV file (`labelled`) as well, less those that are, to the model, a sentence
+        of another part. Raises InputError, also for an intent that there is not."""
+        pairs = labelled(path)
         if unknown := {intent for _, intent in pairs}.difference(self.intents):
-            raise InputError(f"more sentences: {sorted(unknown)[0]!r}: expected one of the {len(self.intents)} intents")
-        held_out = {text for text, _ in (*self.calibration, *self.report)} | {*self.oos_calibration, *self.oos_report}
-        held_out = {" ".join(text.lower().split()) for text in held_out}
-        more = tuple(pair for pair in pairs if " ".join(pair[0].lower().split()) not in held_out)
+            raise InputError(f"{path}: {sorted(unknown)[0]!r}: expected one of the {len(self.intents)} intents")
+        held_out = [text for text, _ in (*self.calibration, *self.report)] + [*self.oos_calibration, *self.oos_report]
+        seen = {normalised(text, normaliser()) for text in held_out}
+        more = tuple(pair for pair in pairs if normalised(pair[0], normaliser()) not in seen)
         return replace(self, train=self.train + more)
 
     def examples(self, source: str, limit: int | None = None) -> Examples:
@@ -89,8 +90,9 @@ def data_folder() -> Path:
     return Path(__file__).resolve().parents[3] / "shared" / "data" / "language"
 
 
-def load_texts(folder: Path) -> Texts:
-    """Read CLINC150. Raises InputError naming the file, what was expected and what to do."""
+def load_texts(folder: Path, also: Sequence[Path] = ()) -> Texts:
+    """Read CLINC150, and CSV files of more training sentences. Raises InputError naming the file, what was
+    expected and what to do."""
     path = folder / CLINC
     if not path.is_file():
         raise InputError(
@@ -106,7 +108,10 @@ def load_texts(folder: Path) -> Texts:
     calibration, report = halves(val)
     if not calibration or not report:
         raise InputError(f"{path}: 'val': expected at least two of an intent, to be halved")
-    return Texts(train, calibration, report, tuple(t for t, _ in oos_train), tuple(t for t, _ in oos_val))
+    texts = Texts(train, calibration, report, tuple(t for t, _ in oos_train), tuple(t for t, _ in oos_val))
+    for more in also:
+        texts = texts.also(more)
+    return texts
 
 
 def _pairs(raw: Any, name: str, path: Path) -> tuple[Pair, ...]:
@@ -138,6 +143,10 @@ def labelled(path: Path) -> list[Pair]:
     try:
         with path.open(newline="", encoding="utf-8") as handle:
             rows = list(csv.DictReader(handle))
-        return [(row["text"], row["intent"]) for row in rows]
-    except (OSError, KeyError) as error:
+        pairs = [(row["text"], row["intent"]) for row in rows]
+    except (OSError, KeyError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: expected a CSV file with the columns text and intent: {error}") from error
+    for line, pair in enumerate(pairs, 1):
+        if not all(part and part.strip() for part in pair):
+            raise InputError(f"{path}: row {line}: expected a text and an intent, found {pair}")
+    return pairs

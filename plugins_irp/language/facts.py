@@ -7,6 +7,7 @@ from dataclasses import dataclass
 MODEL = "model.yaml"
 WEIGHTS = "weights.safetensors"
 SENTENCES = "sentences.csv"  # written for this project: text, intent
+WRITTEN = "written.csv"  # of the same form: more training sentences
 
 
 @dataclass(frozen=True)

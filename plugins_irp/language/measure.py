@@ -33,7 +33,7 @@ from sage_edge.irp.traces import Traces, steps_taken
 from sage_edge.runtime import Session
 
 from .corrupt import mask_a_share, mask_words, typo
-from .data import Pair, Texts, data_folder, labelled, load_texts
+from .data import Pair, Texts, data_folder, load_texts
 from .linear import KINDS, Linear
 from .plugin import FOLDER, Language
 from .tokens import MASK
@@ -299,9 +299,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.output:
         require_writable(arguments.output)
-    texts = load_texts(arguments.data).first(arguments.limit)
-    for path in arguments.also:
-        texts = texts.also(labelled(path))
     more: dict[str, Reader] = {}
     if arguments.teacher:
         from .teacher import Taught  # torch, which nothing else here needs
@@ -309,7 +306,7 @@ def main() -> None:
         more["teacher"] = Taught(arguments.data, arguments.teacher)
     spec = load_spec(FOLDER)
     with Language(spec, **spec.options) as plugin:
-        found = measure(plugin, texts, more)
+        found = measure(plugin, load_texts(arguments.data, arguments.also).first(arguments.limit), more)
     show(found)
     if arguments.output:
         write_atomic(arguments.output, json.dumps(found, indent=1) + "\n")

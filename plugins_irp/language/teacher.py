@@ -31,7 +31,7 @@ from sage_edge.errors import InputError, MissingDependencyError, one_line_errors
 from sage_edge.export.learning_curve import LOG, plot
 from sage_edge.export.training import STATE, Training, bfloat16_argument, common_arguments
 
-from .data import labelled, load_texts
+from .data import load_texts
 from .facts import LanguageConfig
 from .lessons import CURVES, LESSONS, WORDS, Ints, Shares, Stream, checks, write_lessons, write_words
 from .tokens import MASK, TOKENIZER, WORD, Tokens, train_tokenizer
@@ -121,9 +121,7 @@ class Trainer(Training):
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
-        texts = load_texts(args.data)
-        for more in args.also:
-            texts = texts.also(labelled(more))
+        texts = load_texts(args.data, args.also)
         path = args.run / TOKENIZER
         if not path.exists():
             train_tokenizer((text for text, _ in texts.train), args.vocab, path)

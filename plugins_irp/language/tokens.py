@@ -47,8 +47,7 @@ class Tokens:
 
     def normalise(self, text: str) -> str:
         """The text that the model sees: lower case, NFKC, single spaces."""
-        out: str = self.tokenizer.normalizer.normalize_str(text)
-        return " ".join(out.split())
+        return normalised(text, self.tokenizer.normalizer)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, word by word; any text has some, but for one without words."""
@@ -88,12 +87,12 @@ class Tokens:
             yield part, self.batch((sequences[i] for i in part), len(sequences[part[-1]]))
 
 
-def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> None:
-    """Write tokenizer.json: `size` tokens in all, among them the special ones and 256 bytes. Deterministic."""
+@lru_cache(maxsize=1)
+def normaliser() -> Any:
+    """What tokenizers trained here normalise with. Raises MissingDependencyError without `tokenizers`."""
     library = _library()
-    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     replace, regex = library.normalizers.Replace, library.Regex
-    normalizer = library.normalizers.Sequence([
+    return library.normalizers.Sequence([
         library.normalizers.NFKC(),
         library.normalizers.Lowercase(),
         replace("\u2019", "'"),
@@ -101,11 +100,22 @@ def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> None:
         replace(regex(r"(?:(?<=\s)|^)[\"']+"), ""),
         library.normalizers.Strip(),
     ])  # fmt: skip
+
+
+def normalised(text: str, by: Any) -> str:
+    """`text` as the normaliser `by` leaves it, with single spaces."""
+    return " ".join(str(by.normalize_str(text)).split())
+
+
+def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> None:
+    """Write tokenizer.json: `size` tokens in all, among them the special ones and 256 bytes. Deterministic."""
+    library = _library()
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     pre = library.pre_tokenizers.Sequence(
         [library.pre_tokenizers.WhitespaceSplit(), library.pre_tokenizers.Metaspace(prepend_scheme="always")]
     )
     learner = library.Tokenizer(library.models.BPE())
-    learner.normalizer, learner.pre_tokenizer = normalizer, pre
+    learner.normalizer, learner.pre_tokenizer = normaliser(), pre
     learner.train_from_iterator(
         texts, library.trainers.BpeTrainer(vocab_size=size - len(SPECIAL) - 256, show_progress=False)
     )
@@ -117,7 +127,7 @@ def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> None:
         byte_fallback=True,
     )
     tokenizer = library.Tokenizer(model)
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normaliser(), pre
     tokenizer.decoder = library.decoders.Sequence(
         [library.decoders.ByteFallback(), library.decoders.Metaspace(prepend_scheme="always")]
     )

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tokenizers")
 
 from plugins_irp.language.data import data_folder, labelled, load_texts
-from plugins_irp.language.facts import MODEL, SENTENCES, WEIGHTS, ModelFile
+from plugins_irp.language.facts import MODEL, SENTENCES, WEIGHTS, WRITTEN, ModelFile
 from plugins_irp.language.measure import DAMAGES, accuracy, damaged, halting, run_texts, scope
 from plugins_irp.language.plugin import FOLDER, Language
 from plugins_irp.language.tokens import MASK, TOKENIZER
@@ -167,8 +167,8 @@ def test_what_damage_costs_is_counted_against_the_same_sentences(plugin: Languag
 
 @needs_data
 def test_no_written_sentence_is_held_out() -> None:
-    texts, written = load_texts(data_folder()), labelled(FOLDER / "written.csv")
-    assert len(texts.also(written).train) == len(texts.train) + len(written)
+    texts, written = load_texts(data_folder()), labelled(FOLDER / WRITTEN)
+    assert len(texts.also(FOLDER / WRITTEN).train) == len(texts.train) + len(written)
 
 
 @needs_data

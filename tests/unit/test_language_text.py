@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -15,13 +16,12 @@ pytest.importorskip("tokenizers")
 
 from plugins_irp.language.corrupt import IGNORE, Rates, Vocabulary, damage, mask_a_share, mask_words, typo
 from plugins_irp.language.data import CLINC, RATES, halves, labelled, load_texts
-from plugins_irp.language.facts import MODEL, SENTENCES, ModelFile
+from plugins_irp.language.facts import MODEL, SENTENCES, WRITTEN, ModelFile
 from plugins_irp.language.plugin import FOLDER
 from plugins_irp.language.tokens import MASK, TOKENIZER, WORD, Tokens, train_tokenizer
 from sage_edge.config import load_yaml
 from sage_edge.errors import InputError
 
-WRITTEN = "written.csv"  # more training sentences
 OWN = [text for text, _ in labelled(FOLDER / SENTENCES)]
 
 
@@ -198,14 +198,29 @@ def write_clinc(folder: Path, **changes: object) -> Path:
     return folder
 
 
+def write_labelled(folder: Path, *rows: tuple[str, ...]) -> Path:
+    path = folder / "more.csv"
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        csv.writer(handle).writerows([("text", "intent"), *rows])
+    return path
+
+
 def test_more_sentences_are_trained_on_unless_they_are_held_out(tmp_path: Path) -> None:
     texts = load_texts(write_clinc(tmp_path))
     intent, held_out = texts.intents[0], texts.report[0][0]
-    more = texts.also([("a sentence of its own", intent), (f"  {held_out.upper()} ", intent), ("A  nut", intent)])
-    assert more.train == (*texts.train, ("a sentence of its own", intent))
-    assert (more.calibration, more.report, more.intents) == (texts.calibration, texts.report, texts.intents)
-    with pytest.raises(InputError, match="'nonsense': expected one of the"):
-        texts.also([("a sentence of its own", "nonsense")])
+    own = ("a sentence of its own", intent)
+    more = write_labelled(tmp_path, own, (f"  {held_out.upper()}! ", intent), ("A  nut", intent))
+    found = load_texts(tmp_path, [more])
+    assert found.train == (*texts.train, own)
+    assert (found.calibration, found.report, found.intents) == (texts.calibration, texts.report, texts.intents)
+    with pytest.raises(InputError, match="more.csv: 'nonsense': expected one of the"):
+        texts.also(write_labelled(tmp_path, ("a sentence of its own", "nonsense")))
+    for bad in (("a sentence",), ("", intent)):
+        with pytest.raises(InputError, match="more.csv: row 2: expected a text and an intent"):
+            texts.also(write_labelled(tmp_path, own, bad))
+    (tmp_path / "more.csv").write_bytes(b"text,intent\n\xff,b\n")
+    with pytest.raises(InputError, match="more.csv: expected a CSV file"):
+        texts.also(tmp_path / "more.csv")
 
 
 def test_the_written_sentences_are_clean() -> None:
