@@ -34,13 +34,14 @@ Pair = tuple[str, str]  # text, intent
 @dataclass(frozen=True)
 class Texts:
     """In scope: train; calibration and report, the halves of val. Out of scope: oos_calibration (oos_train of the source)
-    and oos_report (oos_val)."""
+    and oos_report (oos_val). The last `added` of train are not CLINC150's own."""
 
     train: tuple[Pair, ...]
     calibration: tuple[Pair, ...]
     report: tuple[Pair, ...]
     oos_calibration: tuple[str, ...]
     oos_report: tuple[str, ...]
+    added: int = 0
 
     @property
     def intents(self) -> tuple[str, ...]:
@@ -50,10 +51,8 @@ class Texts:
         """The same with at most `limit` texts of each part but train, spread over the intents."""
         if limit is None:
             return self
-        thin = {
-            name: part[:: max(1, len(part) // limit)][:limit] for name, part in vars(self).items() if name != "train"
-        }
-        return Texts(train=self.train, **thin)
+        parts = {name: part for name, part in vars(self).items() if name not in ("train", "added")}
+        return replace(self, **{name: p[:: max(1, len(p) // limit)][:limit] for name, p in parts.items()})
 
     def also(self, path: Path) -> Texts:
         """The same with the training sentences of a CSV file (`labelled`) as well, less those that are, to the model, a sentence
@@ -64,7 +63,7 @@ class Texts:
         held_out = [text for text, _ in (*self.calibration, *self.report)] + [*self.oos_calibration, *self.oos_report]
         seen = {normalised(text, normaliser()) for text in held_out}
         more = tuple(pair for pair in pairs if normalised(pair[0], normaliser()) not in seen)
-        return replace(self, train=self.train + more)
+        return replace(self, train=self.train + more, added=self.added + len(more))
 
     def examples(self, source: str, limit: int | None = None) -> Examples:
         """Of `calibration` or `report`, in a fixed random order, with RATES of their words masked in turn."""

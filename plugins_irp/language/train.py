@@ -34,7 +34,7 @@ from .corrupt import IGNORE
 from .data import load_texts
 from .facts import LanguageConfig
 from .graphs import save_model
-from .lessons import CURVES, Ints, Lessons, checks, read_words
+from .lessons import CURVES, Ints, Lessons, checks, ending_argument, read_words
 from .model import LanguageModel, WordTable
 from .tokens import TOKENIZER, Tokens
 
@@ -78,6 +78,7 @@ class Trainer(Training):
 
     def train_step(self) -> dict[str, float]:
         args, model = self.args, self.core
+        self.lessons.before(self.step, args.steps, args.ending)
         tokens, targets, intents, shares = (self.share(torch.from_numpy(a)) for a in self.lessons.draw())
         targets = targets.long()
         # What the label says (a tenth spread over all), and what the teacher says.
@@ -130,10 +131,10 @@ class Trainer(Training):
         return {name: check.accuracy(intents) for name, check in self.parts.items()}
 
     def extra(self) -> dict[str, Any]:
-        return {"queue": self.lessons.queue}
+        return self.lessons.state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.lessons.queue = state["queue"]
+        self.lessons.restore(state)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,6 +151,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dropout", type=float, default=0.2)
     made.add_argument("--teacher", type=float, default=0.8, help="share of the teacher in the target")
     made.add_argument("--word-weight", type=float, default=0.3)
+    ending_argument(made)
     bfloat16_argument(made)
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,54 @@ def test_lessons_are_what_the_teacher_said_of_each_sentence(tmp_path: Path, text
         seen += [(*row.tolist(), *target.tolist()) for row, target in zip(found, wanted, strict=True)]
     assert len(seen) == len(lessons.tokens) // 5 * 5
     assert not lessons.queue, "an epoch takes each lesson once"
+
+
+@pytest.fixture
+def more(texts: Texts) -> Texts:
+    """With four sentences of each intent that are not the data's own."""
+    added = tuple((f"written anew for {intent} number {i}", intent) for i in range(4) for intent in texts.intents)
+    return replace(texts, train=texts.train + added, added=len(added))
+
+
+def test_a_training_ends_on_the_data_s_own_sentences(more: Texts, tokens: Tokens) -> None:
+    stream = Stream(more, tokens, 4, np.random.default_rng(0))
+    own = range(len(more.train) - more.added)
+    drawn = []
+    for step in range(100):
+        stream.before(step, 100, 0.3)
+        drawn.append(stream.rows())
+    assert any(row not in own for rows in drawn[:70] for row in rows)
+    assert all(row in own for rows in drawn[70:] for row in rows)
+    assert {row for rows in drawn[70:] for row in rows} == set(own), "all of them"
+    resumed = Stream(more, tokens, 4, np.random.default_rng(0))
+    for step, rows in enumerate(drawn):
+        other = Stream(more, tokens, 4, np.random.default_rng(0))
+        other.queue, other.rng = resumed.queue, resumed.rng  # what a state holds
+        resumed = other
+        resumed.before(step, 100, 0.3)
+        assert resumed.rows() == rows, f"a training resumed at step {step} goes on otherwise"
+
+
+def test_without_added_sentences_a_training_s_ending_is_like_the_rest(texts: Texts, tokens: Tokens) -> None:
+    ended, plain = (Stream(texts, tokens, 4, np.random.default_rng(0)) for _ in range(2))
+    for step in range(30):
+        ended.before(step, 30, 0.5)
+        assert ended.rows() == plain.rows()
+
+
+def test_lessons_know_which_sentences_are_the_data_s_own(tmp_path: Path, more: Texts, tokens: Tokens) -> None:
+    stream = Stream(more, tokens, 4, np.random.default_rng(0))
+    write_lessons(tmp_path / "lessons-0.npz", stream, counted, LIMIT)
+    stream.own_only = True
+    write_lessons(tmp_path / "lessons-1.npz", stream, counted, LIMIT)
+    first, second = (read_npz(tmp_path / f"lessons-{part}.npz") for part in range(2))
+    assert (~first["own"]).sum() == more.added
+    assert second["own"].all()
+    lessons = Lessons(tmp_path, 4, 2, np.random.default_rng(3))
+    lessons.before(9, 10, 0.1)
+    rows = [row for _ in range(2 * lessons.own.sum() // 4) for row in lessons.rows()]
+    assert lessons.own[rows].all()
+    assert set(rows) == set(np.flatnonzero(lessons.own).tolist())
 
 
 def test_the_same_seed_gives_the_same_lessons(tmp_path: Path, texts: Texts, tokens: Tokens) -> None:
@@ -209,6 +258,15 @@ def test_the_teacher_writes_lessons_that_the_model_learns_from(tmp_path: Path, t
     )
     with pytest.raises(InputError, match=r"state\.pt; train a teacher"):
         teacher.Taught(tmp_path, tmp_path / "none")
+    also = tmp_path / "also.csv"
+    also.write_text("text,intent\n" + "".join(f"said anew {n},{intent}\n" for n, intent in enumerate(texts.intents)))
+    with pytest.raises(InputError, match=r"on 12 sentences or lessons, here are 24; give the same ones"):
+        teacher.Taught(tmp_path, run, tmp_path / "bert", [also])
+    wider = [*options, "--run", str(tmp_path / "wider"), "--also", str(also), "--passes", "1", "--own-passes", "1"]
+    teacher.main(wider)
+    parts = [read_npz(tmp_path / f"wider/lessons-{part}.npz")["own"] for part in range(2)]
+    assert [(len(own), int(own.sum())) for own in parts] == [(24, 12), (12, 12)]
+    assert teacher.Taught(tmp_path, tmp_path / "wider", tmp_path / "bert", [also]).right(said, meant).shape == (12,)
     sizes = {"--steps": 2, "--batch": 4, "--hidden": 16, "--heads": 2, "--embedding": 8, "--max-steps": 2}
     paths = ["--data", str(tmp_path), "--lessons", str(run), "--run", str(own), "--device", "cpu"]
     train.main([*paths, *(str(part) for pair in sizes.items() for part in pair)])
