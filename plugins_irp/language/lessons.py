@@ -63,10 +63,9 @@ class Shuffled:
         """To be called before each step of a training: in the last `ending` of its steps only the data's own sentences are
         drawn. Sentences that were added teach more words; how people spoke to the data's makers, only these can."""
         first = steps - round(ending * steps)
-        if not self.own.all():
-            self.own_only = step >= first
-            if step == first:
-                self.queue = []
+        self.own_only = step >= first
+        if step == first and not self.own.all():
+            self.queue = []
 
     def refill(self) -> None:
         """One more epoch."""
@@ -138,10 +137,13 @@ class Stream(Shuffled):
             for word in words
         ]
 
-    def draw(self, limit: int, rows: Sequence[int] | None = None) -> tuple[Ints, Ints, Ints]:
-        """Damaged tokens and what they should be, int32 [batch, n], n at most `limit`; intents int32 [batch], IGNORE for a
-        sentence of other words, which may mean something else. rows: of the next batch, where none are given."""
-        rows = self.rows() if rows is None else rows
+    def draw(self, limit: int) -> tuple[Ints, Ints, Ints]:
+        """The next batch, as `damaged` gives it."""
+        return self.damaged(self.rows(), limit)
+
+    def damaged(self, rows: Sequence[int], limit: int) -> tuple[Ints, Ints, Ints]:
+        """Damaged tokens of the sentences of `rows` and what they should be, int32 [rows, n], n at most `limit`; intents
+        int32 [rows], IGNORE for a sentence of other words, which may mean something else."""
         plain = [self.sentence(row) for row in rows]
         said = [self.reworded(words) for words in plain]
         pairs = [damage(words, self.rates(), self.vocabulary, self.rng) for words in said]
@@ -183,7 +185,7 @@ def write_lessons(path: Path, stream: Stream, opinion: Callable[[Ints], Shares],
     tokens, targets, intents, shares, own = [], [], [], [], []
     while stream.queue:
         rows = stream.rows()
-        damaged, wanted, labels = stream.draw(limit, rows)
+        damaged, wanted, labels = stream.damaged(rows, limit)
         short = ((0, 0), (0, limit - damaged.shape[1]))
         tokens.append(np.pad(damaged, short))
         targets.append(np.pad(wanted, short, constant_values=IGNORE))
